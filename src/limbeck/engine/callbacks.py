@@ -1,0 +1,115 @@
+"""Who is told about a run while it goes on: the log file, the trackers, the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Callback:
+    """Told about a phase of a run. Every method may be left out."""
+
+    def start(self, phase: str, step: int, total: int) -> None:
+        """A phase begins, or goes on, at `step` of `total`."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A record: terms, metrics or an alarm; the shapes are those of `log.jsonl`."""
+
+    def tick(self, step: int) -> None:
+        """Steps were made; called often, must be cheap."""
+
+    def finish(self, phase: str) -> None:
+        """The phase is over."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class JsonLines(Callback):
+    """Appends each record to `log.jsonl`, one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def start(self, phase: str, step: int, total: int) -> None:
+        """Drop the lines of this phase that lie beyond the checkpoint from which it goes on."""
+        if not self.path.exists():
+            return
+        kept = [r for r in read_log(self.path) if r.get("phase") != phase or r.get("step", 0) <= step]
+        from limbeck.storage import write_text
+
+        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line; a line is written in one call, so that it is whole or absent."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line that a crash cut short is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records
+
+
+class Trackers(Callback):
+    """Hands the numbers to experiment trackers through Accelerate (TensorBoard, W&B, MLflow, ...)."""
+
+    def __init__(self, names: list[str], folder: Path, config: dict[str, Any]) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import ProjectConfiguration
+
+        self.accelerator = Accelerator(log_with=names, project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers")))
+        flat = {key: value for key, value in config.items() if isinstance(value, (int, float, str, bool))}
+        self.accelerator.init_trackers("limbeck", config=flat)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Numbers only, named `phase/term` and `phase/metric`."""
+        phase, values = record["phase"], {}
+        for name, parts in record.get("terms", {}).items():
+            values[f"{phase}/{name}"] = parts["value"]
+            if "norm" in parts:
+                values[f"{phase}/{name}_gradient_norm"] = parts["norm"]
+        for name in ("loss", "lr", "rate"):
+            if name in record:
+                values[f"{phase}/{name}"] = record[name]
+        for name, value in record.get("metrics", {}).items():
+            values[f"{phase}/{name}"] = value
+        if values:
+            self.accelerator.log(values, step=record["step"])
+
+    def close(self) -> None:
+        """Flush and close every tracker."""
+        self.accelerator.end_training()
+
+
+def available_trackers(wanted: list[str] | str) -> list[str]:
+    """The trackers to use: those that are named, or with "auto" TensorBoard where it is installed (and not in CI-like quiet runs).
+
+    Raises:
+        UserError: a tracker is named that Accelerate does not know or that is not installed.
+    """
+    from limbeck.errors import UserError
+
+    if wanted == "auto":
+        from accelerate.utils import is_tensorboard_available
+
+        return ["tensorboard"] if is_tensorboard_available() and not os.environ.get("LIMBECK_NO_TRACKERS") else []
+    if not wanted:
+        return []
+    from accelerate.tracking import get_available_trackers
+
+    have = [str(getattr(t, "value", t)) for t in get_available_trackers()]
+    for name in wanted:
+        if name not in have:
+            raise UserError(f"the tracker {name!r} is not available here", f"installed: {', '.join(have) or 'none'}; `pip install {name}` or leave it out")
+    return list(wanted)

@@ -1,0 +1,68 @@
+"""What the engine drives. A wing hands it a program; the engine knows nothing else about the wing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.engine.clock import Clock
+
+
+class Program(Protocol):
+    """Something that can be trained, or computed, step by step.
+
+    A program without gradients (a training-free search, mining) returns no optimisers; its `losses` may then be any figures.
+    """
+
+    steps_per_epoch: int
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained, by name: saved in checkpoints and restored from them."""
+        ...
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """One optimiser for each turn that updates something."""
+        ...
+
+    def batches(self, epoch: int, start: int) -> Iterator[Any]:
+        """The batches of an epoch from number `start` on; a pure function of both, so that resuming needs no state."""
+        ...
+
+    def parts(self, batch: Any, count: int) -> Sequence[Any]:
+        """The batch cut into `count` parts, for gradient accumulation."""
+        ...
+
+    def turns(self, clock: Clock) -> Sequence[str]:
+        """Whose turn it is in this step, in order: names of optimisers. Mostly ("student",)."""
+        ...
+
+    def losses(self, turn: str, batch: Any, clock: Clock) -> dict[str, Tensor]:
+        """The terms of the loss of one turn, by name: scalars that are summed."""
+        ...
+
+    def after_step(self, clock: Clock) -> None:
+        """Called when all turns of a step are over (moving averages, memories)."""
+        ...
+
+    def memory(self) -> dict[str, Any]:
+        """State that lives in no module: plain data and tensors."""
+        ...
+
+    def restore(self, memory: dict[str, Any]) -> None:
+        """Take back what `memory` gave."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures on the split that is watched during training; empty when there is none."""
+        ...
+
+    def train(self) -> None:
+        """Put what is trained into training mode."""
+        ...
+
+    def vitals(self) -> list[str]:
+        """Alarms about the last batch, each one line (constant output, collapsed entropy); mostly empty."""
+        ...

@@ -1,0 +1,30 @@
+"""What each term of a loss does to the student: its value, its gradient's norm, and its share of the update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+SMALL_SHARE = 0.01
+"""A term below this share of the update is worth a warning: it does next to nothing."""
+
+
+def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
+    """The Euclidean norm of each term's gradient with respect to the parameters; the graph is kept for the real backward pass."""
+    norms: dict[str, float] = {}
+    for name, value in terms.items():
+        if not (isinstance(value, Tensor) and value.requires_grad):
+            norms[name] = 0.0
+            continue
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        squares = [gradient.detach().float().square().sum() for gradient in gradients if gradient is not None]
+        norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    return norms
+
+
+def shares(norms: Mapping[str, float]) -> dict[str, float]:
+    """Each norm over the sum of all norms (all 0 when there is no gradient at all)."""
+    total = sum(norms.values())
+    return {name: norm / total if total > 0 else 0.0 for name, norm in norms.items()}
