@@ -1,0 +1,1 @@
+"""Measuring what a distillation kept and what it costs: cost, agreement, statistics over seeds, comparison, evidence."""

@@ -1,0 +1,78 @@
+"""Losses: pure functions of tensors. They know no model, no method and no configuration.
+
+The rules they all keep:
+
+- No loss detaches. A teacher's signals carry no gradient already; whoever wants to stop another gradient writes `.detach()` at the call.
+- The student comes first, the teacher second.
+- float16 and bfloat16 are computed and returned in float32; float64 stays float64.
+- The last axis holds classes or features, the axes before it are rows. `mask` (true = scored) and `weight` have one entry a row.
+  The mean is over scored rows: sum of weight * value / number of scored rows. No scored row gives zero, still in the graph.
+- What stands in a hidden row (padding, NaN) reaches neither value nor gradient of a loss that takes a `mask`.
+- Nothing waits for the device: no `.item()`.
+"""
+
+from limbeck.losses.contrastive import info_nce, supervised_contrastive
+from limbeck.losses.cross_entropy import binary_cross_entropy, cross_entropy, soft_cross_entropy, target_enhanced_cross_entropy
+from limbeck.losses.divergences import (
+    alpha_divergence,
+    bernoulli_kl,
+    decoupled_kd,
+    entropy,
+    forward_kl,
+    jeffreys,
+    jensen_shannon,
+    kl,
+    reverse_kl,
+    skew_kl,
+    total_variation,
+)
+from limbeck.losses.features import (
+    attention_map,
+    attention_transfer,
+    cosine_distance,
+    l1,
+    mse,
+    norm_and_direction,
+    normalized_mse,
+)
+from limbeck.losses.ranking import list_mle, plackett_luce
+from limbeck.losses.relational import cka, correlation, pearson, rkd_angle, rkd_distance, similarity_preserving
+from limbeck.losses.transport import batch_transport, sinkhorn, sinkhorn_distance
+
+__all__ = [
+    "alpha_divergence",
+    "attention_map",
+    "attention_transfer",
+    "batch_transport",
+    "bernoulli_kl",
+    "binary_cross_entropy",
+    "cka",
+    "correlation",
+    "cosine_distance",
+    "cross_entropy",
+    "decoupled_kd",
+    "entropy",
+    "forward_kl",
+    "info_nce",
+    "jeffreys",
+    "jensen_shannon",
+    "kl",
+    "l1",
+    "list_mle",
+    "mse",
+    "norm_and_direction",
+    "normalized_mse",
+    "pearson",
+    "plackett_luce",
+    "reverse_kl",
+    "rkd_angle",
+    "rkd_distance",
+    "similarity_preserving",
+    "sinkhorn",
+    "sinkhorn_distance",
+    "skew_kl",
+    "soft_cross_entropy",
+    "supervised_contrastive",
+    "target_enhanced_cross_entropy",
+    "total_variation",
+]

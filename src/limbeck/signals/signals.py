@@ -26,10 +26,12 @@ class Signals:
 
     __slots__ = ("_values", "at", "members", "output")
 
-    def __init__(self, *, output: Any = None, at: dict[str, Any] | None = None, members: dict[str, Signals] | None = None, **values: Any) -> None:
+    def __init__(
+        self, *, output: Any = None, at: dict[str, Any] | None = None, members: dict[str, Signals] | None = None, **values: Any
+    ) -> None:
         self.output = output
-        self.at = at or {}
-        self.members = members or {}
+        self.at = {} if at is None else at
+        self.members = {} if members is None else members
         self._values = values
 
     def _take(self, name: str) -> Any:

@@ -1,0 +1,23 @@
+"""What a model's outputs mean: the loss of hard labels, probabilities, metrics and how well confidence can be trusted."""
+
+from limbeck.tasks.base import Task
+from limbeck.tasks.calibration import (
+    Reliability,
+    adaptive_calibration_error,
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+    reliability,
+)
+from limbeck.tasks.classification import Classification
+
+__all__ = [
+    "Classification",
+    "Reliability",
+    "Task",
+    "adaptive_calibration_error",
+    "brier_score",
+    "expected_calibration_error",
+    "negative_log_likelihood",
+    "reliability",
+]

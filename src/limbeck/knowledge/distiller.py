@@ -1,0 +1,186 @@
+"""What a method of the knowledge wing is: a loss, and whatever else of a training step it wants to change.
+
+Most methods write `loss` and nothing else. The other methods of `Distiller` each have a default and may be overridden:
+
+    wrap -> setup -> (turns -> losses -> step -> loss) for each batch -> after_step -> finish
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.data.batch import Batch
+from limbeck.engine.clock import Clock
+from limbeck.engine.schedule import make_optimizer
+from limbeck.method import Method
+from limbeck.signals.signals import Signals
+
+if TYPE_CHECKING:
+    from limbeck.data.data import Data
+    from limbeck.knowledge.teachers import Teacher
+    from limbeck.tasks import Classification
+
+
+@dataclass
+class Pair:
+    """The job as a method sees it when it sets itself up.
+
+    Attributes:
+        student: the student, after `wrap`.
+        teacher: whoever is learned from.
+        task: what outputs mean.
+        data: the data set; `data.train` is what is trained on.
+        example: a small batch on the right device.
+        training: the `training` block.
+        total: optimiser steps of the run; `steps_per_epoch` of them make an epoch.
+        device: where everything lives.
+    """
+
+    student: nn.Module
+    teacher: Teacher
+    task: Classification
+    data: Data
+    example: Batch
+    training: Any
+    total: int
+    steps_per_epoch: int
+    device: torch.device
+    _signals: dict[str, Signals] = field(default_factory=dict)
+    read_student: Callable[[Any], Signals] | None = None
+
+    @property
+    def classes(self) -> int:
+        """The number of classes C."""
+        return len(self.task.classes)
+
+    @property
+    def student_signals(self) -> Signals:
+        """What the student says about `example` in a dry pass (no gradient, evaluation mode)."""
+        if "student" not in self._signals:
+            self._signals["student"] = _dry(self.student, lambda: self.read_student(self.example.inputs))
+        return self._signals["student"]
+
+    @property
+    def teacher_signals(self) -> Signals:
+        """What the teacher says about `example`."""
+        if "teacher" not in self._signals:
+            with torch.no_grad():
+                self._signals["teacher"] = self.teacher(self.example)
+        return self._signals["teacher"]
+
+
+def _dry(model: nn.Module, read: Callable[[], Signals]) -> Signals:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return read()
+    finally:
+        model.train(was_training)
+
+
+@dataclass
+class Models:
+    """The two sides during training.
+
+    Attributes:
+        student: reads a batch through the student: `models.student(batch) -> Signals`, with gradient.
+        teacher: the same for the teacher; without gradient unless the teacher learns. Several teachers: `models.teacher.members[name](batch)`.
+        module: the student's network itself.
+    """
+
+    student: Callable[[Batch], Signals]
+    teacher: Teacher
+    module: nn.Module
+
+
+@dataclass
+class Distiller(Method):
+    """Base of the knowledge wing's methods. A subclass is a dataclass with a `card` and a `loss`.
+
+    Class attributes that a method may set:
+        student_wants, teacher_wants: the signals to read ("logits", "embedding", "stages", "attention", or a module's path).
+        teacher_kind: the kind of teacher it is made for: "frozen", "online", "history", or "none".
+        teacher_names: the names its several teachers must have, when they play different parts.
+        labelled_share: the share of labelled samples in a batch, when the method is made for a fixed mix.
+        needs_valid: whether it learns something on a validation split.
+
+    Attributes:
+        parts: modules that are trained with the student and thrown away afterwards (bridges, discriminators); saved in checkpoints.
+        state: tensors and plain data that the method keeps between steps; saved in checkpoints.
+        task: what outputs mean; set before `setup`.
+    """
+
+    student_wants: ClassVar[tuple[str, ...]] = ("logits",)
+    teacher_wants: ClassVar[tuple[str, ...]] = ("logits",)
+    teacher_kind: ClassVar[str] = "frozen"
+    teacher_names: ClassVar[tuple[str, ...]] = ()
+    labelled_share: ClassVar[float | None] = None
+    needs_valid: ClassVar[bool] = False
+
+    def bind(self, task: Classification) -> None:
+        """Start afresh for a new job: no parts, no state."""
+        self.parts = nn.ModuleDict()
+        self.state: dict[str, Any] = {}
+        self.task = task
+
+    # ---- what a method may override ----
+
+    def wants(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The signals to read from the student and from the teacher; by default the two class attributes."""
+        return self.student_wants, self.teacher_wants
+
+    def wrap(self, student: nn.Module, example: Batch) -> nn.Module:
+        """The network that is trained in the student's place (another head, say); by default the student itself."""
+        return student
+
+    def setup(self, pair: Pair) -> None:
+        """Build `parts` and `state` for this pair; shapes are found in `pair.student_signals` and `pair.teacher_signals`."""
+
+    def optimizers(self, pair: Pair) -> dict[str, torch.optim.Optimizer]:
+        """One optimiser for each turn; by default one for the student, its parts, and a teacher that learns."""
+        modules = [pair.student, self.parts, *pair.teacher.learning().values()]
+        return {"student": make_optimizer(pair.training, [p for m in modules for p in m.parameters() if p.requires_grad])}
+
+    def turns(self, clock: Clock) -> Sequence[str]:
+        """Whose optimiser steps in this step, in order."""
+        return ("student",)
+
+    def losses(self, turn: str, batch: Batch, models: Models, clock: Clock) -> dict[str, Tensor]:
+        """The terms of one turn; a method with several turns tells them apart here."""
+        return self.step(batch, models, clock)
+
+    def step(self, batch: Batch, models: Models, clock: Clock) -> dict[str, Tensor]:
+        """Read both sides and form the loss; override it to change what the two sides see."""
+        teacher = models.teacher(batch)
+        student = models.student(batch)
+        terms = self.loss(batch, student, teacher, clock)
+        models.teacher.observe(batch, student)
+        return terms
+
+    def loss(self, batch: Batch, student: Signals, teacher: Signals, clock: Clock) -> dict[str, Tensor]:
+        """The terms of the loss by name: scalars that are summed, each a mean over the scored samples of the batch."""
+        raise NotImplementedError
+
+    def after_step(self, clock: Clock) -> None:
+        """Called when the optimisers have stepped."""
+
+    def finish(self, student: nn.Module, models: Models, data: Data) -> nn.Module:
+        """The network that is kept; by default the student as it is."""
+        return student
+
+    # ---- help for losses ----
+
+    def hard(self, batch: Batch, logits: Tensor, **options: Any) -> Tensor:
+        """The loss against the labels: mean over the labelled samples of the whole batch, zero where there is none.
+
+        A part of a batch (gradient accumulation) carries the factor that makes the mean one over the whole batch.
+        """
+        value = self.task.hard_loss(logits, batch.labels, **options)
+        scale = batch.extra.get("labelled_scale")
+        return value if scale is None else value * scale

@@ -1,0 +1,126 @@
+"""What the samples of a batch (or the classes) are to each other, student against teacher; widths may differ.
+
+Shapes: features `(B, ...)`, flattened to `(B, D)`; logits `(B, C)`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.errors import UserError
+from limbeck.losses._rows import check_same, tempered, wide
+
+_TINY = 1e-12
+
+
+def _flat(features: Tensor) -> Tensor:
+    return wide(features).flatten(1)
+
+
+def _check_batch(student: Tensor, teacher: Tensor) -> None:
+    if len(student) != len(teacher):
+        raise UserError(
+            f"the student's batch has shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: not the same number of samples",
+            "give both the same samples in the same order",
+        )
+
+
+def _distances(x: Tensor) -> Tensor:
+    """`(B, B)` Euclidean distances over the mean of those that are not zero."""
+    d = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    return d / (d.sum() / (d > 0).sum().clamp(min=1)).clamp(min=_TINY)
+
+
+def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """mean_ij huber(d_s(i, j) - d_t(i, j)), d = |x_i - x_j| / mean of the non-zero distances.
+
+    Park et al., "Relational Knowledge Distillation" (arXiv 1904.05068).
+
+    >>> rkd_distance(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [10.0], [30.0]]))  # scale does not count
+    tensor(0.)
+    """
+    _check_batch(student, teacher)
+    return F.smooth_l1_loss(_distances(_flat(student)), _distances(_flat(teacher)))
+
+
+def _angles(x: Tensor) -> Tensor:
+    """`(B, B, B)` cosines at sample i between the directions from j and from k."""
+    unit = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=-1, eps=_TINY)
+    return unit @ unit.mT
+
+
+def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
+    """mean_ijk huber(cos_s(j, i, k) - cos_t(j, i, k)), the cosines of all triangles; memory grows with B^2 (B + D).
+
+    Park et al., "Relational Knowledge Distillation" (arXiv 1904.05068).
+
+    >>> rkd_angle(torch.eye(3), 5 * torch.eye(3) + 1)  # turning, scaling and shifting do not count
+    tensor(0.)
+    """
+    _check_batch(student, teacher)
+    return F.smooth_l1_loss(_angles(_flat(student)), _angles(_flat(teacher)))
+
+
+def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+    """|G_s - G_t|_F^2 / B^2, G = F F^T with rows scaled to length 1. Tung & Mori (arXiv 1907.09682).
+
+    >>> similarity_preserving(torch.eye(2), torch.ones(2, 7))  # rows (1, 0) against (0.7, 0.7)
+    tensor(0.2929)
+    """
+    _check_batch(student, teacher)
+    s, t = _flat(student), _flat(teacher)
+    return F.mse_loss(F.normalize(s @ s.mT, dim=1, eps=_TINY), F.normalize(t @ t.mT, dim=1, eps=_TINY))
+
+
+def pearson(x: Tensor, y: Tensor, dim: int = -1) -> Tensor:
+    """Pearson's correlation along `dim`; 0 where a side is constant.
+
+    >>> pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0, 3.0, 1.0]))
+    tensor(-1.0000)
+    """
+    check_same(x, y, "values")
+    x, y = wide(x), wide(y)
+    return F.cosine_similarity(x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True), dim=dim)
+
+
+def correlation(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, inter: float = 1.0, intra: float = 1.0
+) -> Tensor:
+    """T^2 * (inter * mean_b (1 - pearson over classes) + intra * mean_c (1 - pearson over the batch)) of softmax(logits / T).
+
+    The student may differ from the teacher by scale and shift of its probabilities. With one class (or one sample) the inter-class (or
+    intra-class) part is zero. Huang et al., DIST, "Knowledge Distillation from A Stronger Teacher" (arXiv 2205.10536).
+
+    >>> correlation(torch.eye(2), torch.eye(2).flip(0))  # the worst: 2 and 2
+    tensor(4.)
+    """
+    check_same(student_logits, teacher_logits)
+    s = F.softmax(tempered(student_logits, temperature), -1)
+    t = F.softmax(tempered(teacher_logits, temperature), -1)
+    total = s.sum() * 0.0
+    if s.shape[-1] > 1 and inter:
+        total = total + inter * (1 - pearson(s, t, dim=-1)).mean()
+    if s.shape[0] > 1 and intra:
+        total = total + intra * (1 - pearson(s, t, dim=0)).mean()
+    return total * (temperature * temperature)
+
+
+def cka(x: Tensor, y: Tensor) -> Tensor:
+    """Linear centred kernel alignment |Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F), columns centred: 1 is the same up to rotation and scale.
+
+    A similarity, not a loss: use 1 - cka. Kornblith et al. (arXiv 1905.00414). The smaller of Gram and covariance matrices is formed.
+
+    >>> cka(torch.eye(4), 3 * torch.eye(4).flip(1)).round(decimals=4)
+    tensor(1.)
+    """
+    _check_batch(x, y)
+    x, y = _flat(x), _flat(y)
+    x, y = x - x.mean(0), y - y.mean(0)
+    if len(x) <= min(x.shape[1], y.shape[1]):
+        gram_x, gram_y = x @ x.mT, y @ y.mT
+        cross, own_x, own_y = (gram_x * gram_y).sum(), gram_x.norm(), gram_y.norm()
+    else:
+        cross, own_x, own_y = (y.mT @ x).square().sum(), (x.mT @ x).norm(), (y.mT @ y).norm()
+    return cross / (own_x * own_y).clamp(min=_TINY)

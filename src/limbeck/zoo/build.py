@@ -1,0 +1,169 @@
+"""From a reference to a network: the embedded ones, transformers, timm, a Python factory, a saved folder."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from limbeck.data.arguments import check_arguments
+from limbeck.errors import UserError, nearest, unknown
+from limbeck.zoo.cnn import CNN
+from limbeck.zoo.efficientnet import EfficientNetLite0
+from limbeck.zoo.linear import Linear
+from limbeck.zoo.mixer import Mixer
+from limbeck.zoo.mlp import MLP
+from limbeck.zoo.resnet import ResNet
+from limbeck.zoo.vit import ViT
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "linear": Linear,
+    "mlp": MLP,
+    "cnn": CNN,
+    "resnet": ResNet,
+    "vit": ViT,
+    "mixer": Mixer,
+    "efficientnet-lite0": EfficientNetLite0,
+}
+"""Embedded networks by name."""
+
+_KINDS = ("zoo", "hf", "timm", "python", "folder")
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers the model learns or holds as parameters; shared ones count once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def listing() -> list[dict[str, Any]]:
+    """One row for each embedded network: name, what it is, its arguments with defaults."""
+    import inspect
+
+    rows = []
+    for name, maker in NETWORKS.items():
+        arguments = {n: p.default for n, p in inspect.signature(maker).parameters.items() if n not in ("input_shape", "classes")}
+        rows.append({"name": name, "about": (maker.__doc__ or "").strip().splitlines()[0], "arguments": arguments})
+    return rows
+
+
+def _embedded(name: str, args: dict[str, Any]) -> nn.Module:
+    short = re.fullmatch(r"resnet(\d+)(?:x(\d+))?", name)
+    if short:
+        name, args = "resnet", {"depth": int(short[1]), "width": int(short[2] or 1), **args}
+    if name not in NETWORKS:
+        raise unknown("network", name, NETWORKS)
+    for needed in ("input_shape", "classes"):
+        if needed not in args and name != "efficientnet-lite0":
+            raise UserError(f"network {name!r} needs {needed}", "it is told by the data; in Python give it to build()")
+    check_arguments(NETWORKS[name], args, f"network {name!r}")
+    return NETWORKS[name](**args)
+
+
+def _timm(name: str, args: dict[str, Any], input_shape: tuple[int, ...] | None, classes: int | None) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise UserError("timm is not installed", "`pip install 'limbeck[timm]'`") from None
+    if not timm.is_model(name.split(".")[0].split("/")[-1]) and not name.startswith("hf"):
+        raise unknown("timm model", name, timm.list_models())
+    given = {**({"num_classes": classes} if classes else {}), **({"in_chans": input_shape[0]} if input_shape else {}), **args}
+    try:
+        return timm.create_model(name, **given)
+    except (TypeError, RuntimeError, OSError) as error:
+        raise UserError(f"timm cannot make {name!r}: {error}", "check its arguments; pretrained weights need the network once") from None
+
+
+def _python(path: str, args: dict[str, Any], input_shape: tuple[int, ...] | None, classes: int | None) -> nn.Module:
+    import inspect
+
+    module_name, colon, attribute = path.partition(":")
+    if not colon or not module_name or not attribute:
+        raise UserError(f"python:{path} names no factory", "write python:package.module:factory")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"cannot import {module_name!r}: {error}", f"it is looked for in {here} and among installed packages") from None
+    except Exception as error:
+        raise UserError(f"importing {module_name!r} failed: {type(error).__name__}: {error}", "mend that module") from error
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        offer = nearest(attribute, [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")])
+        raise UserError(f"{module_name} has no callable {attribute!r}", f"did you mean {' or '.join(map(repr, offer))}?" if offer else "")
+    # Shape and classes go only to factories that ask for them: a user's own network usually knows its own.
+    takes = inspect.signature(factory).parameters
+    known = {"input_shape": input_shape, "classes": classes}
+    given = {**{n: v for n, v in known.items() if v is not None and n in takes}, **args}
+    check_arguments(factory, given, f"python:{path}")
+    model = factory(**given)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"python:{path} returned a {type(model).__name__}, not a torch.nn.Module", "return the network")
+    return model
+
+
+def _json_able(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def build(ref: str, *, input_shape: tuple[int, ...] | None = None, classes: int | None = None, **args: Any) -> nn.Module:
+    """Make a network.
+
+    Args:
+        ref: an embedded name (`listing()`; "zoo:" before it is allowed; "resnet8x4" is resnet with depth 8 and width 4);
+            `hf:<folder or hub id>`; `timm:<name>`; `python:package.module:factory` (looked for in the working folder too); `folder:<path>`
+            or the path itself for what `save_model` wrote.
+        input_shape: of one sample; embedded networks need it, a factory gets it if it has such an argument.
+        classes: number of logits, likewise. For `hf:` it must match the model's own, unless `new_head: true`.
+        args: what the network itself takes. `hf:` takes `config_only: true` (random weights) and `new_head: true`; the rest
+            overrides its configuration.
+
+    Returns:
+        The network, in training mode, with `limbeck_config = {"ref", "args"}` when JSON can hold what it was made from.
+
+    Raises:
+        UserError: unknown names, wrong arguments, missing files or packages.
+    """
+    if not isinstance(ref, str) or not ref:
+        raise UserError(f"a network's name is a string, not {ref!r}", "name an embedded network such as cnn")
+    shape = None if input_shape is None else tuple(int(n) for n in input_shape)
+    kind, colon, name = ref.partition(":")
+    if not colon:
+        kind, name = ("folder", ref) if Path(ref).is_dir() and ref not in NETWORKS else ("zoo", ref)
+    if kind not in _KINDS:
+        raise unknown("kind of network", kind, _KINDS)
+    known = {k: v for k, v in (("input_shape", shape), ("classes", classes)) if v is not None}
+    if kind == "folder":
+        from limbeck.zoo.files import load_model
+
+        check_arguments(load_model, {"folder": name, **args}, f"folder:{name}")
+        return load_model(name, **args)
+    if kind == "zoo":
+        model = _embedded(name, {**known, **args})
+    elif kind == "hf":
+        from limbeck.zoo.hub import build_hub
+
+        model = build_hub(name, classes, **args)
+    elif kind == "timm":
+        model = _timm(name, args, shape, classes)
+    else:
+        model = _python(name, args, shape, classes)
+    made_from = {**({k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}), **args}
+    if _json_able(made_from):
+        model.limbeck_config = {"ref": f"{kind}:{name}", "args": made_from}  # type: ignore[assignment]
+    return model.train()

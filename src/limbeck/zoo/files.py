@@ -1,0 +1,168 @@
+"""Networks on disk: safetensors and JSON, checked by checksum, never a pickle, never code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from limbeck.errors import UserError
+from limbeck.storage import load_tensors, save_tensors, sha256, write_json, write_text
+
+FORMAT = "limbeck-model/1"
+WEIGHTS, CONFIG, NOTE = "model.safetensors", "config.json", "limbeck.json"
+
+
+def _untie(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors to store, {name: name of the tensor that it shares}). Views of one storage are stored as copies."""
+    stored: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor = tensor.detach()
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in seen:
+            tied[name] = seen[key]
+            continue
+        seen[key] = name
+        stored[name] = tensor.cpu().contiguous().clone()
+    return stored, tied
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return any(kind.__module__.startswith("transformers.") and kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
+
+
+def save_model(model: nn.Module, folder: str | Path, *, card: str = "", extra: dict[str, Any] | None = None) -> Path:
+    """Write a network to a folder, so that `load_model`, or transformers for its own models, opens it again.
+
+    Args:
+        model: any network. One of transformers is written as that library does, plus `limbeck.json`; others as
+            `model.safetensors` and `config.json`.
+        folder: made if needed; files of the same names are replaced.
+        card: text of README.md; "" for a line that says what this is.
+        extra: more for the note (metrics, class names, ...); JSON must hold it.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = f"{type(model).__module__}:{type(model).__qualname__}"
+    note: dict[str, Any] = {
+        "format": FORMAT,
+        "class": kind,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "extra": extra or {},
+    }
+    if _is_transformers(model):
+        model.save_pretrained(folder)  # type: ignore[operator]
+        note["files"] = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+        write_json(folder / NOTE, note)
+    else:
+        stored, tied = _untie(model)
+        note |= getattr(model, "limbeck_config", None) or {}
+        note["tied"] = tied
+        note["files"] = {WEIGHTS: save_tensors(folder / WEIGHTS, stored)}
+        write_json(folder / CONFIG, note)
+    write_text(folder / "README.md", card or f"# A network saved by limbeck\n\n`{kind}`, {note['parameters']} parameters.\n")
+    return folder
+
+
+def read_note(folder: str | Path) -> dict[str, Any]:
+    """What `save_model` noted beside the weights: format, class, ref, args, files, extra; {} for a folder of transformers alone.
+
+    Raises:
+        UserError: there is no such folder, it holds no model, or the note is not readable.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder at {folder}", "give the folder of a saved model, such as runs/<run>/student")
+    path = folder / NOTE if (folder / NOTE).is_file() else folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} holds no model: it has no {CONFIG}", "give the folder that save_model wrote")
+    try:
+        note = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable: {error}", "restore or remake the folder") from None
+    if not isinstance(note, dict):
+        raise UserError(f"{path} is not the note of a model", "restore or remake the folder")
+    if any(not isinstance(note.get(key, {}), dict) for key in ("files", "tied", "args", "extra")):
+        raise UserError(f"{path} is not the note of a model", "restore or remake the folder")
+    if note.get("format") != FORMAT:
+        if "model_type" in note:
+            return {}
+        raise UserError(f"{path} says format {note.get('format')!r}, not {FORMAT!r}", "give a folder that save_model wrote")
+    return note
+
+
+def _retie(model: nn.Module, tied: dict[str, str]) -> None:
+    """Make the names share their tensor again where the constructor did not."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, kept in tied.items():
+        if name in own and kept in own and own[name] is not own[kept]:
+            path, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(path), attribute, own[kept])
+
+
+def load_model(folder: str | Path, *, model: nn.Module | None = None, trust_python: bool = False) -> nn.Module:
+    """Make a network again from its folder.
+
+    Args:
+        folder: written by `save_model`, or by transformers.
+        model: an instance to put the weights into, for networks that were not made by `build`.
+        trust_python: allow a note to name a `python:` factory, which is imported and called. Without it nothing that the
+            folder says is executed.
+
+    Returns:
+        The network, in training mode as `build` gives it; a `model` that was given keeps its mode.
+
+    Raises:
+        UserError: missing, torn, altered or pickled files; a network that cannot be rebuilt from its note; weights that do not fit.
+    """
+    folder = Path(folder)
+    note = read_note(folder)
+    for name, expected in note.get("files", {}).items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise UserError(f"no file at {path}", "restore or remake the folder")
+        if sha256(path) != expected:
+            raise UserError(f"{path} is torn or was altered: its checksum differs from the recorded one", "restore or remake it")
+    if not note or (folder / NOTE).is_file():
+        from limbeck.zoo.hub import build_hub
+
+        return build_hub(str(folder.resolve())).train()
+    if model is None:
+        model = _rebuild(note, folder, trust_python)
+    tensors = load_tensors(folder / WEIGHTS, note.get("files", {}).get(WEIGHTS))
+    tied = note.get("tied", {})
+    tensors |= {name: tensors[kept] for name, kept in tied.items() if kept in tensors}
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {folder} do not fit {type(model).__name__}: {error}", "give the network they came from") from None
+    _retie(model, tied)
+    return model
+
+
+def _rebuild(note: dict[str, Any], folder: Path, trust_python: bool) -> nn.Module:
+    from limbeck.zoo.build import build
+
+    ref = note.get("ref")
+    if not isinstance(ref, str):
+        raise UserError(f"{folder} holds a {note.get('class')}, which limbeck cannot make by itself", "give load_model(folder, model=...)")
+    if ref.startswith("python:") and not trust_python:
+        raise UserError(
+            f"{folder} names the Python factory {ref}, and loading runs no code that a file names",
+            "if you trust the folder: trust_python: true, or load_model(folder, model=...)",
+        )
+    if ref.startswith("folder:"):
+        raise UserError(f"{folder} refers to another folder", "save the network itself")
+    args = dict(note.get("args", {}))
+    if "pretrained" in args or ref == "zoo:efficientnet-lite0":
+        args["pretrained"] = False  # The stored weights replace them anyway.
+    if ref.startswith("hf:"):
+        args["config_only"] = True
+    return build(ref, **args)
