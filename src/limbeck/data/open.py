@@ -128,9 +128,8 @@ def open_data(
             `parquet:<file>`, `idx:<folder>`; or `(inputs, labels)` tensors, a dict with `train` and perhaps `test` and `valid`, a
             torch Dataset or DataLoader, a `datasets.Dataset` or `DatasetDict`.
         train, test, valid: samples drawn for each part, a count or a share of what it is drawn from; every class in its
-            share. `test` is drawn
-            first, so that it does not change with the others; `valid` is taken from the training part. None keeps what there is; a
-            source without a test part gives 20 % (450 of digits, 25 % of the small tables).
+            share. `test` is drawn first, so that it does not change with the others; `valid` is taken from the training part.
+            None keeps what there is; a source without a test part gives 20 % (450 of digits, 25 % of the small tables).
         labelled: keep this many training labels, as many in each class, and hide the others.
         seed: of the draws.
         label: name of the label column or key.

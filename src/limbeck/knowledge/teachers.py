@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.data.batch import Batch
+from limbeck.data.batch import Batch, move
 from limbeck.errors import UserError
 from limbeck.signals import Reader, Signals
 
@@ -222,12 +222,15 @@ class StoredTeacher(Teacher):
     def __init__(self, store: Any, wants: tuple[str, ...] = ("logits",)) -> None:
         self.store, self.wants = store, wants
         for name in wants:
-            if name not in store.signals:
-                raise UserError(f"the store {store.folder} holds {', '.join(store.signals)}, not {name!r}", f"write it again with `limbeck cache ... --signals {','.join(wants)}`")
+            if name not in store.layout.signals:
+                have = ", ".join(store.layout.signals)
+                raise UserError(f"the store {store.folder} holds {have}, not {name!r}", f"write it again with `limbeck cache ... --signals {','.join(wants)}`")
 
     def __call__(self, batch: Batch) -> Signals:
         if batch.index is None:
             raise UserError("this loader does not tell which samples it gives", "stored outputs are found by sample index: give tensors or a map-style Dataset")
-        values = self.store.signals_at(batch.index)
-        labels = batch.labels if batch.labels is not None else batch.index
-        return Signals(**{name: values[name].to(labels.device) for name in self.wants})
+        said = self.store.signals(batch.index)
+        if batch.index.device.type == "cpu":
+            return said
+        values = {name: move(getattr(said, name), batch.index.device) for name in said}
+        return Signals(at=move(said.at, batch.index.device), **values)

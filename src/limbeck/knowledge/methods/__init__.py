@@ -1,0 +1,1 @@
+"""One file a method. The file's name is the method's id, with `_` for `-`."""

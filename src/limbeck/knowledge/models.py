@@ -1,0 +1,229 @@
+"""From what a recipe says to networks and teachers: building, loading, and training a teacher once."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from limbeck import __version__, method as registry, places, recipe as schema, storage, zoo
+from limbeck.data import Data, open_data
+from limbeck.engine.session import Session, seed_everything
+from limbeck.errors import UserError
+from limbeck.knowledge.distiller import Distiller
+from limbeck.knowledge.program import KnowledgeProgram
+from limbeck.knowledge.teachers import (
+    EnsembleTeacher,
+    FrozenTeacher,
+    HistoryTeacher,
+    MovingAverageTeacher,
+    OnlineTeacher,
+    StoredTeacher,
+    Teacher,
+)
+from limbeck.signals import anatomy
+from limbeck.signals.store import Store, model_fingerprint
+from limbeck.tasks import Classification
+
+
+def open_recipe_data(spec: schema.Data, given: Any = None) -> Data:
+    """The data set of a recipe (or the object that stands for it)."""
+    source = spec.source if given is None else given
+    options = {key: getattr(spec, key) for key in ("train", "valid", "test", "labelled", "label", "size", "channels", "seed")}
+    if isinstance(source, Data):
+        return source
+    return open_data(source, **options, **spec.args)
+
+
+def task_of(recipe: schema.Recipe, data: Data) -> Classification:
+    """What outputs mean, from the recipe or, with `task: auto`, from the labels.
+
+    Raises:
+        UserError: the data has no labels and so no classes.
+    """
+    if not data.classes:
+        raise UserError(f"the data {data.name} has no labels, so its classes are unknown", "name the label column with data.label")
+    return Classification(data.classes, kind=data.kind if recipe.task == "auto" else recipe.task, label_smoothing=recipe.label_smoothing)
+
+
+def make_method(spec: schema.Method, given: Any = None) -> Distiller:
+    """The method of a recipe, checked to belong to this wing."""
+    made = given if given is not None else registry.make(spec.id, spec.settings)
+    if not isinstance(made, Distiller):
+        raise UserError(f"{spec.id} belongs to the wing {made.card.wing}, not to knowledge", "`limbeck methods --wing knowledge` lists this wing's")
+    return made
+
+
+def build(spec: schema.Model, data: Data, seed: int, role: str) -> nn.Module:
+    """A network from its reference, with its weights if some are named; `seed` decides its first weights."""
+    seed_everything(seed, "network")
+    # a student of more classes than the data is the user's mistake to see, so an explicit `classes` argument wins over the data's
+    args = {"input_shape": data.input_shape, "classes": len(data.classes), **spec.args}
+    try:
+        network = zoo.build(spec.model, **args)
+        if spec.weights:
+            path = Path(spec.weights).expanduser()
+            if path.is_dir():
+                network = zoo.load_model(path, model=network)
+            else:
+                tensors = storage.load_tensors(path)
+                try:
+                    network.load_state_dict(tensors)
+                except RuntimeError as error:
+                    raise UserError(f"{path} does not fit {spec.model}: {str(error).splitlines()[-1]}", "give the weights of this very network") from None
+    except UserError as error:
+        raise UserError(f"{role}: {error.message}", error.hint) from None
+    return network
+
+
+def check_input(network: nn.Module, data: Data, session: Session, role: str) -> None:
+    """One forward pass on two samples: a network that cannot read the data is named now, not in the middle of training."""
+    example = data.example(2).to(session.device)
+    try:
+        anatomy(network, example.inputs)
+    except UserError:
+        raise
+    except Exception as error:  # a network may fail in any way; the message is all that helps
+        shape = tuple(data.input_shape)
+        raise UserError(
+            f"{role}: the network cannot read samples of shape {shape}: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            f"give the {role} inputs of the shape it was made for (data.size, data.channels), or build it with args.input_shape",
+        ) from None
+
+
+def schooled(spec: schema.Model, network: nn.Module, recipe: schema.Recipe, data: Data, session: Session, phase: str, given_data: Any = None) -> nn.Module:
+    """Train a network as its `train` block says, once: the result is kept in the user's cache and found again by what it was made from.
+
+    An interrupted training goes on from its checkpoint, also in another run.
+    """
+    school = spec.train
+    assert school is not None
+    own = data
+    if school.data:
+        own = open_recipe_data(schema.Data.model_validate({**recipe.data.model_dump(), **school.data}), given_data)
+    method = make_method(school.method)
+    content = {
+        "model": spec.model_dump(exclude={"train"}),
+        "start": storage.tensors_fingerprint(network.state_dict()),
+        "train": {k: v for k, v in school.model_dump().items() if k != "data"},
+        "method": method.values(),
+        "data": own.fingerprint,
+        "augment": school.data.get("augment", recipe.data.augment),
+        "limbeck": __version__,
+        "device": session.device.type,
+        "precision": session.precision,
+    }
+    key = storage.fingerprint(content)
+    folder = places.cache_folder() / "models" / key
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f"{key}.lock"):
+        if folder.is_dir():
+            try:
+                return zoo.load_model(folder, model=network)
+            except UserError as error:
+                session.notes.append(f"the kept {phase} in {folder} cannot be used and is trained again: {error.message}")
+                shutil.rmtree(folder)
+        work = folder.parent / f"{key}.training"
+        task = task_of(recipe, own)
+        program = KnowledgeProgram(
+            method,
+            network.to(session.device),
+            Teacher(),
+            own.to(session.device),
+            task,
+            school,
+            seed=school.seed,
+            augment=school.data.get("augment", recipe.data.augment),
+            device=session.device,
+        )
+        session.fit(program, phase, seed=school.seed, folder=work, digest=key, evaluate=False)
+        trained = program.finish()
+        draft = folder.parent / f".{key}.tmp"
+        shutil.rmtree(draft, ignore_errors=True)
+        zoo.save_model(trained, draft, extra={"made_from": content})
+        draft.rename(folder)
+        shutil.rmtree(work, ignore_errors=True)
+        return trained
+
+
+def teacher_networks(recipe: schema.Recipe, data: Data, session: Session, given: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Every teacher network that the recipe names, by name: given as an object, loaded, or trained once."""
+    if "teacher" in given:
+        value = given["teacher"]
+        found = dict(value) if isinstance(value, Mapping) else {f"teacher{i}": m for i, m in enumerate(value, 1)} if isinstance(value, (list, tuple)) else {"teacher": value}
+    else:
+        found = {}
+        for name, spec in recipe.teacher.models.items():
+            role = "teacher" if len(recipe.teacher.models) == 1 else f"teacher {name}"
+            network = build(spec, data, spec.train.seed if spec.train else 0, role)
+            if spec.train and recipe.teacher.kind != "online":
+                phase = "teacher" if len(recipe.teacher.models) == 1 else f"teacher-{name}"
+                network = schooled(spec, network, recipe, data, session, phase, given.get("data"))
+            found[name] = network
+    for name, network in found.items():
+        network.to(session.device)
+        check_input(network, data, session, "teacher" if len(found) == 1 else f"teacher {name}")
+    return found
+
+
+def make_teacher(spec: schema.Teacher, method: Distiller, networks: Mapping[str, nn.Module], student: nn.Module, data: Data, session: Session) -> Teacher:
+    """The teacher that a recipe and its method ask for.
+
+    Raises:
+        UserError: a teacher is missing, has the wrong name, or its kind does not fit.
+    """
+    kind = spec.kind if spec.kind != "auto" else "stored" if spec.store else method.teacher_kind
+    wants = method.wants()[1]
+    if kind == "none":
+        return Teacher()
+    if kind == "history":
+        return HistoryTeacher(len(data.train), len(data.classes), session.device)
+    if kind == "ema":
+        return MovingAverageTeacher(student, spec.decay, wants)
+    if kind == "stored":
+        return stored_teacher(spec, networks, data, wants)
+    if not networks:
+        raise UserError(f"{method.card.id} needs a teacher, and the recipe names none", "set `teacher`, for example --set teacher=cnn, or kind: ema or history")
+    if method.teacher_names and set(networks) != set(method.teacher_names):
+        raise UserError(
+            f"{method.card.id} needs teachers named {' and '.join(method.teacher_names)}; the recipe has {', '.join(networks)}",
+            "write `teacher: {models: {" + ": ..., ".join(method.teacher_names) + ": ...}}`",
+        )
+    if kind == "online":
+        if len(networks) > 1:
+            raise UserError(f"an online teacher is one network, the recipe names {len(networks)}", "leave one")
+        return OnlineTeacher(next(iter(networks.values())), wants)
+    frozen = {name: FrozenTeacher(network, wants) for name, network in networks.items()}
+    if len(frozen) == 1 and not method.teacher_names:
+        return next(iter(frozen.values()))
+    return EnsembleTeacher(frozen, spec.weights)
+
+
+def stored_teacher(spec: schema.Teacher, networks: Mapping[str, nn.Module], data: Data, wants: tuple[str, ...]) -> StoredTeacher:
+    """Outputs on disk, checked against the teacher (where it is at hand) and the data."""
+    if not spec.store:
+        raise UserError("teacher.kind is stored, but teacher.store names no folder", "write one with `limbeck cache RECIPE`, then set teacher.store to it")
+    if data.train.augment is not None:
+        raise UserError("stored teacher outputs belong to inputs as they are, and data.augment changes them", "leave data.augment empty, or use the teacher itself")
+    fingerprint = model_fingerprint(next(iter(networks.values()))) if len(networks) == 1 else None
+    return StoredTeacher(Store(spec.store, teacher_fingerprint=fingerprint, data_fingerprint=data.fingerprint), wants)
+
+
+def make_student(recipe: schema.Recipe, data: Data, session: Session, given: Mapping[str, Any]) -> nn.Module:
+    """The student as it is before the distillation begins (a given object is copied, never changed)."""
+    if "student" in given:
+        student = copy.deepcopy(given["student"])
+    else:
+        student = build(recipe.student, data, recipe.seed, "student")
+        if recipe.student.train:
+            spec = recipe.student.model_copy(update={"train": recipe.student.train.model_copy(update={"seed": recipe.seed})})
+            student = schooled(spec, student, recipe, data, session, "start", given.get("data"))
+    student.to(session.device)
+    check_input(student, data, session, "student")
+    return student.requires_grad_(True) if not any(p.requires_grad for p in student.parameters()) else student

@@ -1,0 +1,240 @@
+"""The knowledge wing's program: a method, a student and a teacher, as the engine drives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from limbeck.data.augment import Augment
+from limbeck.data.batch import Batch
+from limbeck.data.batches import Batches
+from limbeck.data.data import Data
+from limbeck.engine.clock import Clock
+from limbeck.errors import UserError
+from limbeck.evaluation.predict import predict
+from limbeck.knowledge.distiller import Distiller, Models, Pair
+from limbeck.knowledge.teachers import OnlineTeacher, Teacher
+from limbeck.signals import Reader, Signals
+from limbeck.tasks import Classification
+
+COLLAPSED = 1e-3
+"""Mean entropy of the outputs, in nats, below which they are called collapsed when they are also mostly wrong."""
+
+
+def steps_of(training: Any, steps_per_epoch: int) -> int:
+    """The number of steps that a `training` block asks for."""
+    return int(training.steps) if training.steps is not None else max(1, round(training.epochs * steps_per_epoch))
+
+
+class KnowledgeProgram:
+    """Implements `limbeck.engine.program.Program` for a `Distiller`.
+
+    Args:
+        method: the method; it is bound to this job here.
+        student: the network to train, on its device.
+        teacher: whoever is learned from.
+        data: the data set, on its device where it is held in memory.
+        task: what outputs mean.
+        training: the `training` block.
+        seed: of the order of the samples.
+        augment: transformations of the training inputs.
+        total: steps to make; None for what `training` says.
+        evaluate_on: "valid" or "test": what is measured while training; nothing when the split is missing.
+        evaluate_batch: samples at a time when measuring.
+        device: where everything lives.
+        anatomy: of the student, if it is known.
+    """
+
+    def __init__(
+        self,
+        method: Distiller,
+        student: nn.Module,
+        teacher: Teacher,
+        data: Data,
+        task: Classification,
+        training: Any,
+        *,
+        seed: int = 0,
+        augment: Sequence[str] = (),
+        total: int | None = None,
+        evaluate_on: str = "valid",
+        evaluate_batch: int = 512,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        if augment:
+            data = data.with_augment(Augment(list(augment)))
+        self.method, self.teacher, self.data, self.task, self.training = method, teacher, data, task, training
+        share = training.labelled_share if training.labelled_share is not None else method.labelled_share
+        if share is not None and (data.labelled == len(data.train) or data.labelled == 0):
+            share = None  # every sample is alike, there is nothing to mix
+        self._batches = Batches(data.train, min(training.batch, len(data.train)), seed=seed, labelled_share=share)
+        self.steps_per_epoch = self._batches.steps_per_epoch
+        self.total = total or steps_of(training, self.steps_per_epoch)
+        if training.accumulate > 1 and self._batches.batch_size % training.accumulate:
+            raise UserError(f"a batch of {self._batches.batch_size} cannot be cut into {training.accumulate} equal parts", "set training.batch or training.accumulate")
+        if method.needs_valid and data.valid is None:
+            raise UserError(f"{method.card.id} learns on a validation split, and there is none", "set data.valid, for example data.valid=0.1")
+
+        method.bind(task)
+        example = data.example(min(len(data.train), max(2, len(task.classes)))).to(self.device)
+        self.student = method.wrap(student, example).to(self.device)
+        self._reader = Reader(self.student, method.wants()[0])
+        self._last: tuple[Batch, Signals] | None = None
+        self._pending: list[str] = []
+        self.pair = Pair(
+            self.student, teacher, task, data, example, training, self.total, self.steps_per_epoch, self.device, read_student=self._reader
+        )
+        task.check_logits(self.pair.student_signals.logits)
+        said = self.pair.teacher_signals
+        if "logits" in said:
+            self._check_pair(said.logits, self.pair.student_signals.logits)
+        method.setup(self.pair)
+        method.parts.to(self.device)
+        self.models = Models(self._read, teacher, self.student)
+        self._optimizers = method.optimizers(self.pair)
+        self.average: AveragedModel | None = None
+        if training.ema is not None:
+            self.average = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
+        self.evaluate_on, self.evaluate_batch = evaluate_on, evaluate_batch
+        self.primary = (task.primary, task.higher_is_better)
+        self._adds_teacher_loss = isinstance(teacher, OnlineTeacher) and method.teacher_kind != "online"
+
+    @staticmethod
+    def _check_pair(teacher: Tensor, student: Tensor) -> None:
+        if teacher.shape[-1] != student.shape[-1]:
+            raise UserError(
+                f"the teacher gives {teacher.shape[-1]} classes, the student {student.shape[-1]}",
+                "give both the same classes, or make the student with the teacher's number of classes",
+            )
+
+    def _read(self, batch: Batch) -> Signals:
+        signals = self._reader(batch.inputs)
+        self._last = (batch, signals)
+        return signals
+
+    # ---- what the engine asks for ----
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Student, the method's parts, teachers that change, and the moving average."""
+        found: dict[str, nn.Module] = {"student": self.student, "parts": self.method.parts}
+        found |= {f"teacher.{name}": network for name, network in self.teacher.kept().items()}
+        if self.average is not None:
+            found["average"] = self.average
+        return found
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The method's optimisers, one for each turn."""
+        return self._optimizers
+
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        """The training batches of an epoch from number `start` on, on the device."""
+        batches = self._batches.epoch(epoch, start)
+        return batches if self.device.type == "cpu" else (batch.to(self.device) for batch in batches)
+
+    def parts(self, batch: Batch, count: int) -> list[Batch]:
+        """Equal parts of a batch; each knows how much its labelled samples weigh in the whole."""
+        size = len(batch) // count
+        labelled = batch.labelled
+        total = labelled.sum().clamp_min(1)
+        parts = []
+        for number in range(count):
+            pick = slice(number * size, (number + 1) * size if number + 1 < count else len(batch))
+            scale = labelled[pick].sum() * count / total
+            parts.append(
+                Batch(
+                    _cut(batch.inputs, pick),
+                    None if batch.labels is None else batch.labels[pick],
+                    None if batch.index is None else batch.index[pick],
+                    {**_cut(batch.extra, pick), "labelled_scale": scale},
+                )
+            )
+        return parts
+
+    def turns(self, clock: Clock) -> Sequence[str]:
+        """The method's turns."""
+        return self.method.turns(clock)
+
+    def losses(self, turn: str, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        """The method's terms, and the labels' loss of an online teacher whose method gives it none."""
+        terms = self.method.losses(turn, batch, self.models, clock)
+        if self._adds_teacher_loss and turn == "student":
+            terms = {**terms, "teacher": self.method.hard(batch, self.teacher(batch).logits)}
+        return terms
+
+    def after_step(self, clock: Clock) -> None:
+        """Moving averages and the method's own bookkeeping."""
+        self.method.after_step(clock)
+        self.teacher.after_step(self.student)
+        if self.average is not None:
+            self.average.update_parameters(self.student)
+
+    def memory(self) -> dict[str, Any]:
+        """The method's and the teacher's state."""
+        return {"method": self.method.state, "teacher": self.teacher.memory()}
+
+    def restore(self, memory: dict[str, Any]) -> None:
+        """Take it back."""
+        self.method.state = memory["method"]
+        self.teacher.restore(memory["teacher"])
+
+    def train(self) -> None:
+        """Training mode for what learns; a frozen teacher is never reached by it."""
+        for module in (self.student, self.method.parts, *self.teacher.learning().values()):
+            module.train()
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the watched split; an alarm when the student is no better than chance late in the run."""
+        split = self.data.valid if self.evaluate_on == "valid" else self.data.test
+        if split is None:
+            return {}
+        logits, labels = predict(self.network(), split, self.evaluate_batch, self.device)
+        if labels is None:
+            return {}
+        metrics = self.task.metrics(logits, labels)
+        chance = self.task.chance(labels)
+        if metrics[self.task.primary] <= chance:
+            self._pending.append(f"the student is no better than chance ({self.task.primary} {metrics[self.task.primary]:.3f}, chance {chance:.3f})")
+        return metrics
+
+    def vitals(self) -> list[str]:
+        """Alarms about the last batch: constant output, or confident and wrong."""
+        alarms, self._pending = self._pending, []
+        if self._last is None or "logits" not in self._last[1] or len(self._last[0]) < 8:
+            return alarms
+        batch, signals = self._last
+        logits = signals.logits.detach().float()
+        if logits.shape[-1] > 1 and bool((logits.std(0) < 1e-6 * logits.abs().mean().clamp_min(1e-30)).all()):
+            alarms.append("constant output: the student says the same of every sample of a batch")
+        if self.task.kind == "multiclass" and batch.labels is not None:
+            logs = logits.log_softmax(-1)
+            entropy = float(-(logs.exp() * logs).sum(-1).mean())
+            known = batch.labelled
+            right = (logits.argmax(-1) == batch.labels)[known].float().mean() if bool(known.any()) else torch.tensor(1.0)
+            if entropy < COLLAPSED and float(right) < 0.5:
+                alarms.append(f"entropy collapse: outputs are certain (mean entropy {entropy:.1e} nats) and mostly wrong ({float(right):.0%} right)")
+        return alarms
+
+    # ---- what comes out ----
+
+    def network(self) -> nn.Module:
+        """The student as it is measured and kept: the moving average where there is one."""
+        return self.average.module if self.average is not None else self.student
+
+    def finish(self) -> nn.Module:
+        """The student that is kept, in evaluation mode, after the method's last word."""
+        return self.method.finish(self.network(), self.models, self.data).eval()
+
+
+def _cut(value: Any, pick: slice) -> Any:
+    if isinstance(value, Tensor):
+        return value[pick]
+    if isinstance(value, dict):
+        return {key: _cut(item, pick) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cut(item, pick) for item in value)
+    return value
