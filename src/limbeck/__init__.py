@@ -16,12 +16,12 @@ _HOMES = {
     "Result": "limbeck.run",
     "Signals": "limbeck.signals",
     "UserError": "limbeck.errors",
-    "compare": "limbeck.compare",
+    "compare": "limbeck.trials",
     "distill": "limbeck.run",
     "load_recipe": "limbeck.recipe",
     "load_student": "limbeck.run",
     "open_data": "limbeck.data",
-    "run": "limbeck.run",
+    "run_recipe": "limbeck.run",
     "setting": "limbeck.method",
 }
 

@@ -177,17 +177,26 @@ class Stage(Strict):
     training: dict[str, Any] = Field(default_factory=dict)
 
 
+class Attack(Strict):
+    """A projected-gradient attack under which robustness is measured: radius and step in units of the inputs, and steps."""
+
+    eps: Annotated[float, Field(gt=0)]
+    step: Annotated[float, Field(gt=0)]
+    steps: Positive = 20
+
+
 class Evaluation(Strict):
     """When and on what the student is measured.
 
     `every`: epochs between measurements (0: only at the end). `on`: the split. `patience`: stop when so many measurements on `valid`
-    brought nothing better (needs `valid`; the last weights are kept, never the best on test).
+    brought nothing better (needs `valid`; the last weights are kept, never the best on test). `attack`: also measure accuracy under attack.
     """
 
     every: Annotated[float, Field(ge=0)] = 0
     on: Literal["valid", "test"] = "valid"
     patience: Positive | None = None
     batch: Positive = 512
+    attack: Attack | None = None
 
 
 class Checkpoints(Strict):

@@ -174,6 +174,10 @@ class Distiller(Method):
         """The network that is kept; by default the student as it is."""
         return student
 
+    def figures(self, student: nn.Module, data: Data, task: Classification, device: torch.device) -> dict[str, float]:
+        """Further metrics of the finished student on the test split, beside the task's own; none by default."""
+        return {}
+
     # ---- help for losses ----
 
     def hard(self, batch: Batch, logits: Tensor, **options: Any) -> Tensor:

@@ -1,0 +1,199 @@
+"""A whole job of the knowledge wing: teacher, student, the student alone, the ceiling, and what each of them is worth."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck import recipe as schema
+from limbeck.data import Data
+from limbeck.data.batch import UNLABELLED
+from limbeck.engine.session import Session, seed_everything
+from limbeck.errors import UserError
+from limbeck.evaluation.agreement import agreement
+from limbeck.evaluation.cost import cost
+from limbeck.evaluation.predict import predict
+from limbeck.knowledge import models
+from limbeck.knowledge.methods.alone import Alone
+from limbeck.knowledge.program import KnowledgeProgram
+from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
+from limbeck.tasks import Classification
+
+CEILING_NOTE = (
+    "the same student and budget, but with the label of every training sample: what the student could reach if nothing were hidden. "
+    "Neither the distilled student nor the student alone saw those labels"
+)
+
+
+@dataclass
+class Outcome:
+    """What a job hands to the run.
+
+    Attributes:
+        artifacts: networks to keep, by folder name ("student").
+        summary: `metrics`, `cost`, `agreement`, `data`, `notes`, `method` for summary.json.
+        logits: `(N, C)` on the test split by role.
+        labels, inputs: of the test split; `inputs` is None when they are no pictures.
+        classes: names of the classes.
+    """
+
+    artifacts: dict[str, nn.Module]
+    summary: dict[str, Any]
+    logits: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+    inputs: Tensor | None = None
+    classes: tuple[str, ...] = ()
+
+
+def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Outcome:
+    """Distil as the recipe says, train what it is compared with, and measure everything on the test split.
+
+    Args:
+        recipe: checked.
+        session: device, folder, callbacks.
+        given: Python objects that stand in for the recipe's references: "teacher", "student", "data", "method".
+    """
+    data = models.open_recipe_data(recipe.data, given.get("data"))
+    task = models.task_of(recipe, data)
+    networks = models.teacher_networks(recipe, data, session, given)
+    session.digest += data.fingerprint
+    on_device = data.to(session.device)
+    start = models.make_student(recipe, data, session, given)
+    stages = recipe.stages or [schema.Stage()]
+
+    student, total, program, method = start, 0, None, None
+    for number, stage in enumerate(stages, 1):
+        spec = stage.method or recipe.method
+        method = models.make_method(spec, given.get("method") if stage.method is None else None)
+        method = copy.deepcopy(method)
+        training = schema.Training.model_validate({**recipe.training.model_dump(), **stage.training})
+        source = stage.teacher or recipe.teacher
+        own = networks if stage.teacher is None else models.teacher_networks(recipe.model_copy(update={"teacher": source}), data, session, {})
+        phase = "student" if len(stages) == 1 else stage.name or f"stage-{number}"
+        seed_everything(recipe.seed, f"{phase} set-up")
+        network = copy.deepcopy(student)
+        teacher = models.make_teacher(source, method, _own_copies(source, method, own), network, on_device, session)
+        program = _program(method, network, teacher, on_device, task, training, recipe, session)
+        session.fit(program, phase, seed=recipe.seed)
+        total += program.total
+        student = program.finish()
+    assert program is not None and method is not None
+
+    found: dict[str, nn.Module | Teacher] = {}
+    if networks and isinstance(program.teacher, EnsembleTeacher):
+        found["teacher"] = program.teacher
+    elif program.teacher.learning():
+        found["teacher"] = next(iter(program.teacher.learning().values()))
+    elif networks:
+        found["teacher"] = next(iter(networks.values())) if len(networks) == 1 else EnsembleTeacher({k: FrozenTeacher(n) for k, n in networks.items()})
+    if recipe.baseline:
+        found["baseline"] = _alone("baseline", start, on_device.only_labelled(), task, recipe, session, total)
+    found["student"] = student
+    if recipe.ceiling:
+        if data.hidden_labels is None:
+            session.notes.append("ceiling: no label is hidden, so the student alone is its own ceiling")
+        else:
+            found["ceiling"] = _alone("ceiling", start, on_device.with_all_labels(), task, recipe, session, total)
+    return _measure(found, method, on_device, task, recipe, session)
+
+
+def _own_copies(spec: schema.Teacher, method: Any, networks: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+    """A teacher that learns must not change the object that the user gave."""
+    kind = method.teacher_kind if spec.kind == "auto" else spec.kind
+    if kind != "online":
+        return networks
+    return {name: copy.deepcopy(network).requires_grad_(True) for name, network in networks.items()}
+
+
+def _program(method: Any, network: nn.Module, teacher: Teacher, data: Data, task: Classification, training: Any, recipe: Any, session: Session, total: int | None = None) -> KnowledgeProgram:
+    return KnowledgeProgram(
+        method,
+        network,
+        teacher,
+        data,
+        task,
+        training,
+        seed=recipe.seed,
+        augment=recipe.data.augment,
+        total=total,
+        evaluate_on=recipe.evaluation.on,
+        evaluate_batch=recipe.evaluation.batch,
+        device=session.device,
+    )
+
+
+def _alone(phase: str, start: nn.Module, data: Data, task: Classification, recipe: Any, session: Session, total: int) -> nn.Module:
+    """The same first weights, steps and optimiser settings, on labels alone."""
+    training = recipe.training.model_copy(update={"labelled_share": None})
+    program = _program(Alone(), copy.deepcopy(start), Teacher(), data, task, training, recipe, session, total)
+    session.fit(program, phase, seed=recipe.seed)
+    return program.finish()
+
+
+class _Whole(nn.Module):
+    """Several teachers as one network, so that their cost is counted together."""
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(networks.values())
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [member(*args, **kwargs) for member in self.members]
+
+
+def _say(model: nn.Module | Teacher, data: Data, recipe: Any, session: Session) -> tuple[Tensor, Tensor | None]:
+    if isinstance(model, nn.Module):
+        return predict(model, data.test, recipe.evaluation.batch, session.device)
+    from limbeck.data import Batches
+
+    said = [(model(batch).logits.cpu(), batch.labels) for batch in Batches(data.test, recipe.evaluation.batch, shuffle=False).epoch(0)]
+    return torch.cat([logits for logits, _ in said]), None
+
+
+def _measure(found: Mapping[str, nn.Module | Teacher], method: Any, data: Data, task: Classification, recipe: Any, session: Session) -> Outcome:
+    metrics: dict[str, dict[str, float]] = {}
+    costs: dict[str, dict[str, Any]] = {}
+    logits: dict[str, Tensor] = {}
+    labels: Tensor | None = None
+    example = data.example(1).to(session.device)
+    for role, model in found.items():
+        logits[role], own = _say(model, data, recipe, session)
+        labels = own if own is not None else labels
+    if labels is None:
+        raise UserError(f"the test part of {data.name} has no labels, so nothing can be measured", "give a labelled test split (data.test)")
+    for role, model in found.items():
+        metrics[role] = task.metrics(logits[role], labels)
+        network = model if isinstance(model, nn.Module) else _Whole(model.networks())
+        if recipe.evaluation.attack is not None and isinstance(model, nn.Module):
+            metrics[role] |= _attacked(model, data, task, metrics[role], recipe, session)
+        if role in ("teacher", "student"):
+            costs[role] = cost(network, example.inputs).as_dict()
+    student = found["student"]
+    assert isinstance(student, nn.Module)
+    metrics["student"] |= method.figures(student, data, task, session.device)
+    summary: dict[str, Any] = {"method": method.card.id, "wing": "knowledge", "metrics": metrics, "primary": task.primary, "cost": costs}
+    if "teacher" in logits:
+        summary["agreement"] = agreement(logits["student"], logits["teacher"])
+    summary["data"] = data.describe()
+    if "ceiling" in metrics:
+        summary["notes"] = {"ceiling": CEILING_NOTE}
+    inputs = None
+    if data.images and len(data.test) <= 100_000:
+        inputs = data.test.batch(torch.arange(len(data.test))).inputs.cpu()
+    flat = labels if labels.ndim == 1 else torch.full((len(labels),), UNLABELLED)
+    return Outcome({"student": student}, summary, logits, flat, inputs, data.classes)
+
+
+def _attacked(model: nn.Module, data: Data, task: Classification, metrics: Mapping[str, float], recipe: Any, session: Session) -> dict[str, float]:
+    from limbeck.knowledge.views import robust_accuracy
+
+    attack = recipe.evaluation.attack
+    robust = robust_accuracy(
+        model, data.test, task, attack.eps, attack.step, attack.steps, batch=recipe.evaluation.batch, device=session.device, seed=recipe.seed
+    )
+    return {"robust_accuracy": robust, "weighted_accuracy": (robust + metrics["accuracy"]) / 2}

@@ -1,0 +1,344 @@
+"""The spine; the first file to read: from a recipe to a finished run folder.
+
+    recipe -> folder (locked) -> wing's job (models, phases through the engine's loop, measurements)
+           -> artifact folders, summary.json, report.html
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck import __version__, recipe as schema, storage
+from limbeck.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from limbeck.engine.callbacks import Callback
+
+JOBS = {"knowledge": "limbeck.knowledge.job"}
+"""Where each wing's job is: a module with `run(recipe, session, given) -> Outcome`."""
+
+NOT_BINDING = ("checkpoints", "trackers", "watch", "stop_on_alarm", "about", "name")
+"""Blocks of a recipe that may differ when a run is resumed: they change no weight."""
+
+
+@dataclass
+class Result:
+    """What a finished run gives back.
+
+    Attributes:
+        student: the distilled network, in evaluation mode.
+        summary: what summary.json holds.
+        folder: the run's folder.
+        artifacts: every network that was kept, by folder name.
+    """
+
+    student: nn.Module
+    summary: dict[str, Any]
+    folder: Path
+    artifacts: dict[str, nn.Module] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        figures = {role: round(m[self.summary["primary"]], 4) for role, m in self.summary["metrics"].items()}
+        return f"Result({self.summary['primary']}: {figures}, folder={str(self.folder)!r})"
+
+
+# ---- the folder ----
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += _differences(a, b, f"{path}{key}.")
+        elif a != b:
+            found.append(f"{path}{key} was {a!r}, is {b!r}")
+    return found
+
+
+def binding(recipe: schema.Recipe) -> dict[str, Any]:
+    """The part of a recipe that decides the weights: what a resumed run must agree with."""
+    return {key: value for key, value in recipe.data_as_written().items() if key not in NOT_BINDING}
+
+
+def _open_folder(folder: Path, recipe: schema.Recipe, resume: bool) -> Any:
+    """Create or enter the run's folder and lock it; nothing is written before everything is known to be well.
+
+    Raises:
+        UserError: it cannot be written, is not empty, belongs to another recipe, or another run works in it.
+    """
+    from filelock import FileLock, Timeout
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", "name a folder with --out")
+    if resume and not (folder / "recipe.yaml").is_file():
+        raise UserError(f"there is no run to resume in {folder}", "leave --resume away, or name the folder of a run with --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be written: {error.strerror}", "name another one with --out") from None
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another run works in {folder}", "wait for it, or name another folder with --out") from None
+    try:
+        before = folder / "recipe.yaml"
+        if before.is_file():
+            if not resume:
+                raise UserError(f"{folder} already holds a run", "add --resume to go on with it, or name another folder with --out")
+            old = schema.resolve(schema.parse_yaml(before.read_text(encoding="utf-8"), str(before)), str(before))
+            changed = _differences(binding(old), binding(recipe))
+            if changed:
+                raise UserError(f"{folder} was made by another recipe: {'; '.join(changed[:4])}", "resume with the same recipe, or name another folder with --out")
+        elif any(item.name != ".lock" for item in folder.iterdir()):
+            raise UserError(f"the folder {folder} is not empty and holds no run", "name an empty or new folder with --out")
+        storage.write_text(before, recipe.to_yaml())
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def new_folder(recipe: schema.Recipe, root: Path = Path("runs")) -> Path:
+    """The next free `runs/<name>-<method>-<number>`."""
+    stem = f"{recipe.name}-{recipe.method.id.split(':')[-1].replace('.', '-')}"
+    number = 1
+    while (root / f"{stem}-{number:03d}").exists():
+        number += 1
+    return root / f"{stem}-{number:03d}"
+
+
+# ---- the run ----
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    import platform
+
+    import torch
+
+    return {"limbeck": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def execute(
+    recipe: schema.Recipe,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    given: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    command: str = "",
+    report: bool = True,
+) -> Result:
+    """Run a recipe from beginning to end.
+
+    Args:
+        recipe: checked, see `limbeck.recipe`.
+        out: the run's folder; None takes the next free one under `runs/`.
+        resume: go on with the run in `out`, which must have been made by the same recipe.
+        given: Python objects that stand in for references of the recipe ("teacher", "student", "data", "method").
+        callbacks: who is told while it runs, beside the log.
+        command: what repeats the run, for the report.
+        report: write report.html.
+
+    Raises:
+        UserError: anything that the user can mend.
+        Interrupted: after Ctrl-C; the state is saved, and `resume` goes on.
+    """
+    started = time.perf_counter()
+    folder = Path(out).expanduser() if out is not None else new_folder(recipe)
+    lock = _open_folder(folder, recipe, resume)
+    try:
+        return _execute(recipe, folder, given or {}, callbacks, command, report, started)
+    finally:
+        lock.release()
+
+
+def _execute(recipe: schema.Recipe, folder: Path, given: Mapping[str, Any], callbacks: Sequence[Callback], command: str, report: bool, started: float) -> Result:
+    import torch
+
+    from limbeck.engine.callbacks import JsonLines, Trackers, available_trackers, read_log
+    from limbeck.engine.session import Session, choose_device
+    from limbeck.method import find
+
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    log = JsonLines(folder / "log.jsonl")
+    everyone: list[Callback] = [log, *callbacks]
+    if names := available_trackers(recipe.trackers):
+        everyone.append(Trackers(names, folder, {"method": recipe.method.id, "seed": recipe.seed}))
+    session = Session(
+        device=choose_device(recipe.device),
+        folder=folder,
+        digest=storage.fingerprint(binding(recipe)),
+        checkpoints=recipe.checkpoints,
+        evaluation=recipe.evaluation,
+        watch=recipe.watch,
+        precision=recipe.precision,
+        stop_on_alarm=recipe.stop_on_alarm,
+        callbacks=everyone,
+    )
+    wing = given["method"].card.wing if "method" in given else find(recipe.method.id).card.wing
+    if wing not in JOBS:
+        raise UserError(f"the wing {wing} cannot be run yet", "`limbeck methods` lists what can")
+    try:
+        outcome = importlib.import_module(JOBS[wing]).run(recipe, session, given)
+    finally:
+        for callback in everyone:
+            callback.close()
+    summary = {
+        "name": recipe.name,
+        **outcome.summary,
+        "seed": recipe.seed,
+        "seconds": round(time.perf_counter() - started, 2),
+        "phases": {name: {"steps": fit.steps, "seconds": round(fit.seconds, 2), "stopped_early": fit.stopped_early} for name, fit in session.fits.items()},
+        "alarms": [f"{name}: {text}" for name, fit in session.fits.items() for text in fit.alarms],
+        "warnings": session.notes,
+        "device": str(session.device),
+        "versions": versions(),
+        "command": command,
+    }
+    from limbeck.report.card import model_card
+    from limbeck.zoo import save_model
+
+    for name, network in outcome.artifacts.items():
+        save_model(network, folder / name, card=model_card(summary), extra={"classes": list(outcome.classes), "method": summary["method"], "metrics": summary["metrics"].get("student", {})})
+    storage.save_tensors(folder / "predictions.safetensors", {**{f"logits.{k}": v for k, v in outcome.logits.items()}, "labels": outcome.labels})
+    if report:
+        from limbeck.report.page import Report, write_report
+
+        records = read_log(folder / "log.jsonl")
+        write_report(
+            folder / "report.html",
+            Report(recipe.name, summary, records, outcome.logits, outcome.labels, outcome.inputs, outcome.classes, recipe.to_yaml()),
+        )
+    storage.write_json(folder / "summary.json", summary)
+    return Result(outcome.artifacts["student"], summary, folder, outcome.artifacts)
+
+
+def run_recipe(recipe: str | Path | Mapping[str, Any] | schema.Recipe, *changes: str, out: str | Path | None = None, resume: bool = False, **given: Any) -> Result:
+    """`limbeck run` from Python.
+
+    Args:
+        recipe: an embedded recipe's name, a YAML file, a mapping, or a `Recipe`.
+        changes: `a.b=c` overrides, as after `--set`.
+        out, resume: see `execute`.
+        given: objects for "teacher", "student", "data", "method".
+    """
+    if isinstance(recipe, Mapping):
+        recipe = schema.resolve(recipe, changes=changes)
+    elif not isinstance(recipe, schema.Recipe):
+        recipe = schema.load(recipe, changes)
+    return execute(recipe, out, resume=resume, given=given)
+
+
+def distill(
+    *,
+    teacher: Any = None,
+    student: Any,
+    data: Any,
+    method: Any = "kd",
+    epochs: float | None = None,
+    steps: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    optimizer: str | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    **blocks: Any,
+) -> Result:
+    """Distil any teacher into any student on any data: the whole job in one call.
+
+    Args:
+        teacher: an `nn.Module` or a Hugging Face model, several of them (list or mapping), a reference such as "hf:folder", or None for methods
+            that need none. It is never changed.
+        student: an `nn.Module` or a reference. A module is copied; the trained copy is `result.student`.
+        data: `(inputs, labels)` tensors, a torch Dataset or DataLoader, a `datasets.Dataset`, `{"train": ..., "test": ...}` of them, or a reference.
+        method: an id (`limbeck methods`) or an instance of a `Distiller`.
+        epochs, steps, batch, lr, optimizer: shortcuts into the recipe's `training` block.
+        seed: of everything random.
+        out: the run's folder; None takes the next free one under `runs/`.
+        resume: go on with the run in `out`.
+        progress: show a progress line.
+        settings: of the method, as after `method:` in a recipe.
+        blocks: any other block of a recipe (`training={...}`, `baseline=False`, `evaluation={...}`, `device="cpu"`).
+
+    Returns:
+        The student, its measurements beside the teacher's and the student's trained alone, and the folder with the report.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    raw: dict[str, Any] = {"name": "distill", "seed": seed, **blocks}
+    given: dict[str, Any] = {}
+
+    def refer(key: str, value: Any, text: bool) -> None:
+        if text:
+            raw[key] = value
+        else:
+            given[key] = value
+            raw[key] = {"source": f"object:{type(value).__name__}"} if key == "data" else {"model": f"object:{type(value).__name__}"}
+
+    if teacher is not None:
+        refer("teacher", teacher, isinstance(teacher, (str, dict)) and not (isinstance(teacher, dict) and any(hasattr(v, "forward") for v in teacher.values())))
+    refer("student", student, isinstance(student, (str, Mapping)))
+    refer("data", data, isinstance(data, str) or (isinstance(data, Mapping) and "source" in data))
+    if isinstance(method, str):
+        raw["method"] = {"id": method, "settings": dict(settings or {})}
+    else:
+        given["method"] = method
+        raw["method"] = {"id": f"object:{type(method).__name__}"}
+    training = dict(raw.get("training") or {})
+    training |= {k: v for k, v in {"epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "optimizer": optimizer}.items() if v is not None}
+    raw["training"] = training
+    recipe = schema.resolve(raw, "distill()")
+    callbacks: list[Any] = []
+    if progress:
+        from limbeck.cli.progress import Progress
+
+        callbacks.append(Progress())
+    return execute(recipe, out, resume=resume, given=given, callbacks=callbacks)
+
+
+def load_student(folder: str | Path, **options: Any) -> nn.Module:
+    """Open the student of a run (or any folder that limbeck saved), in evaluation mode.
+
+    Args:
+        folder: a run's folder, or the `student/` folder inside it.
+        options: see `limbeck.zoo.load_model`.
+    """
+    from limbeck.zoo import load_model
+
+    folder = Path(folder)
+    return load_model(folder / "student" if (folder / "student").is_dir() else folder, **options).eval()
+
+
+def summary_of(folder: str | Path) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Raises:
+        UserError: the run is not finished, or its summary cannot be read.
+    """
+    path = Path(folder) / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no finished run", f"there is no {os.fspath(path)}; `limbeck run ... --resume` finishes a run")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} cannot be read", "run again with --resume to write it anew") from None
