@@ -190,6 +190,7 @@ class Evaluation(Strict):
 
     `every`: epochs between measurements (0: only at the end). `on`: the split. `patience`: stop when so many measurements on `valid`
     brought nothing better (needs `valid`; the last weights are kept, never the best on test). `attack`: also measure accuracy under attack.
+    `final`: the split of the table at the end; "valid" is for choosing settings without a look at the test split.
     """
 
     every: Annotated[float, Field(ge=0)] = 0
@@ -197,6 +198,7 @@ class Evaluation(Strict):
     patience: Positive | None = None
     batch: Positive = 512
     attack: Attack | None = None
+    final: Literal["test", "valid"] = "test"
 
 
 class Checkpoints(Strict):

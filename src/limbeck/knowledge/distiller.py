@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from limbeck.data.batch import Batch
 from limbeck.engine.clock import Clock
 from limbeck.engine.schedule import make_optimizer
+from limbeck.errors import UserError
 from limbeck.method import Method
 from limbeck.signals.signals import Signals
 
@@ -109,6 +110,7 @@ class Distiller(Method):
         teacher_names: the names its several teachers must have, when they play different parts.
         labelled_share: the share of labelled samples in a batch, when the method is made for a fixed mix.
         needs_valid: whether it learns something on a validation split.
+        labelled_only: whether it can use labelled samples only (a baseline); unlabelled ones are then left out, for the same number of steps.
 
     Attributes:
         parts: modules that are trained with the student and thrown away afterwards (bridges, discriminators); saved in checkpoints.
@@ -122,6 +124,7 @@ class Distiller(Method):
     teacher_names: ClassVar[tuple[str, ...]] = ()
     labelled_share: ClassVar[float | None] = None
     needs_valid: ClassVar[bool] = False
+    labelled_only: ClassVar[bool] = False
 
     def bind(self, task: Classification) -> None:
         """Start afresh for a new job: no parts, no state."""
@@ -179,6 +182,19 @@ class Distiller(Method):
         return {}
 
     # ---- help for losses ----
+
+    def check_one_class(self, pair: Pair) -> None:
+        """For methods whose loss needs a distribution over classes: refuse several labels a sample, and single-column outputs.
+
+        Raises:
+            UserError: naming the method and the task.
+        """
+        if pair.task.kind == "multilabel" or pair.student_signals.logits.shape[-1] < 2:
+            width = pair.student_signals.logits.shape[-1]
+            raise UserError(
+                f"{self.card.id} needs one class of several for each sample; here is a {pair.task.kind} task, outputs of width {width}",
+                "use kd, or for yes-and-no tasks a model with two outputs",
+            )
 
     def hard(self, batch: Batch, logits: Tensor, **options: Any) -> Tensor:
         """The loss against the labels: mean over the labelled samples of the whole batch, zero where there is none.

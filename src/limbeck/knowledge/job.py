@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limbeck import recipe as schema
-from limbeck.data import Data
+from limbeck.data import Batches, Data, Split
 from limbeck.data.batch import UNLABELLED
 from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError
@@ -20,7 +20,7 @@ from limbeck.evaluation.cost import cost
 from limbeck.evaluation.predict import predict
 from limbeck.knowledge import models
 from limbeck.knowledge.methods.alone import Alone
-from limbeck.knowledge.program import KnowledgeProgram
+from limbeck.knowledge.program import KnowledgeProgram, steps_of
 from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
 from limbeck.tasks import Classification
 
@@ -78,7 +78,11 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         seed_everything(recipe.seed, f"{phase} set-up")
         network = copy.deepcopy(student)
         teacher = models.make_teacher(source, method, _own_copies(source, method, own), network, on_device, session)
-        program = _program(method, network, teacher, on_device, task, training, recipe, session)
+        own_data, steps = on_device, None
+        if method.labelled_only and data.hidden_labels is not None:
+            # the budget is that of methods which see the unlabelled samples too
+            own_data, steps = on_device.only_labelled(), _steps(training, on_device, method)
+        program = _program(method, network, teacher, own_data, task, training, recipe, session, steps)
         session.fit(program, phase, seed=recipe.seed)
         total += program.total
         student = program.finish()
@@ -100,6 +104,11 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         else:
             found["ceiling"] = _alone("ceiling", start, on_device.with_all_labels(), task, recipe, session, total)
     return _measure(found, method, on_device, task, recipe, session)
+
+
+def _steps(training: Any, data: Data, method: Any) -> int:
+    """The optimiser steps that a `training` block gives a method on the whole training split."""
+    return steps_of(training, Batches(data.train, min(training.batch, len(data.train))).steps_per_epoch)
 
 
 def _own_copies(spec: schema.Teacher, method: Any, networks: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
@@ -146,12 +155,11 @@ class _Whole(nn.Module):
         return [member(*args, **kwargs) for member in self.members]
 
 
-def _say(model: nn.Module | Teacher, data: Data, recipe: Any, session: Session) -> tuple[Tensor, Tensor | None]:
+def _say(model: nn.Module | Teacher, split: Split, recipe: Any, session: Session) -> tuple[Tensor, Tensor | None]:
     if isinstance(model, nn.Module):
-        return predict(model, data.test, recipe.evaluation.batch, session.device)
-    from limbeck.data import Batches
-
-    said = [(model(batch).logits.cpu(), batch.labels) for batch in Batches(data.test, recipe.evaluation.batch, shuffle=False).epoch(0)]
+        return predict(model, split, recipe.evaluation.batch, session.device)
+    batches = Batches(split, recipe.evaluation.batch, shuffle=False).epoch(0)
+    said = [(model(batch.to(session.device)).logits.cpu(), batch.labels) for batch in batches]
     return torch.cat([logits for logits, _ in said]), None
 
 
@@ -160,9 +168,13 @@ def _measure(found: Mapping[str, nn.Module | Teacher], method: Any, data: Data, 
     costs: dict[str, dict[str, Any]] = {}
     logits: dict[str, Tensor] = {}
     labels: Tensor | None = None
+    if recipe.evaluation.final == "valid":
+        if data.valid is None:
+            raise UserError("evaluation.final is valid, and there is no validation split", "set data.valid, for example data.valid=0.2")
+        data = replace(data, test=data.valid)
     example = data.example(1).to(session.device)
     for role, model in found.items():
-        logits[role], own = _say(model, data, recipe, session)
+        logits[role], own = _say(model, data.test, recipe, session)
         labels = own if own is not None else labels
     if labels is None:
         raise UserError(f"the test part of {data.name} has no labels, so nothing can be measured", "give a labelled test split (data.test)")

@@ -35,6 +35,7 @@ class Alone(Distiller):
     )
     teacher_kind: ClassVar[str] = "none"
     teacher_wants: ClassVar[tuple[str, ...]] = ()
+    labelled_only: ClassVar[bool] = True
 
     label_smoothing: float = setting(0.0, "share of the target that is spread over all classes (arXiv:1512.00567 uses 0.1)", at_least=0, at_most=1)
 

@@ -1,0 +1,23 @@
+"""`limbeck data`."""
+
+from __future__ import annotations
+
+
+def data() -> None:
+    """List the embedded data sets, and how to name your own.
+
+    Example: limbeck data
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from limbeck.data import listing
+
+    rows = listing()
+    table = Table(box=None, pad_edge=False)
+    for key in rows[0]:
+        table.add_column(key, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
+    print("your own: hf:<id or folder>  folder:<images>  csv:<file>  parquet:<file>  idx:<folder>")

@@ -1,0 +1,10 @@
+"""`limbeck export`."""
+
+from __future__ import annotations
+
+
+def export() -> None:
+    """In the making."""
+    from limbeck.errors import UserError
+
+    raise UserError("this command is not finished yet", "wait a little")

@@ -1,0 +1,10 @@
+"""`limbeck inspect`."""
+
+from __future__ import annotations
+
+
+def inspect() -> None:
+    """In the making."""
+    from limbeck.errors import UserError
+
+    raise UserError("this command is not finished yet", "wait a little")

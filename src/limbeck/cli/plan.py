@@ -1,0 +1,10 @@
+"""`limbeck plan`."""
+
+from __future__ import annotations
+
+
+def plan() -> None:
+    """In the making."""
+    from limbeck.errors import UserError
+
+    raise UserError("this command is not finished yet", "wait a little")

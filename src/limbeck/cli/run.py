@@ -1,0 +1,67 @@
+"""`limbeck run`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="An embedded recipe's name (`limbeck recipes`) or a YAML file.")],
+    set: Annotated[Optional[list[str]], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value, e.g. --set method.temperature=2. May be repeated.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="The run's folder; by default the next free one under runs/.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")] = False,
+) -> None:
+    """Distil: run a recipe from beginning to end.
+
+    Trains the teacher if the recipe says so (once; it is kept), distils it into the student, trains the same student alone for
+    comparison, measures all of them on the test split, and writes a folder with student/, report.html, summary.json and log.jsonl.
+    Ctrl-C saves the state; the same command with --out FOLDER --resume goes on.
+
+    Examples: limbeck run digits | limbeck run digits --set method=pld --set seed=3 | limbeck run my.yaml --out runs/mine
+    """
+    from limbeck import recipe as schema
+    from limbeck.errors import UserError
+    from limbeck.run import new_folder
+
+    changes = list(set or [])
+    checked = schema.load(recipe, changes)  # before torch is imported: a mistake is answered at once
+    if resume and out is None:
+        raise UserError("--resume needs to know which run", "add --out with the run's folder")
+    folder = out if out is not None else new_folder(checked)
+    given = " ".join(f"--set {shlex.quote(change)}" for change in changes)
+    command = f"limbeck run {shlex.quote(recipe)} {given}".strip()
+
+    from limbeck.cli.progress import Progress
+    from limbeck.engine.loop import Interrupted
+    from limbeck.run import execute
+
+    try:
+        result = execute(checked, folder, resume=resume, callbacks=[] if quiet else [Progress()], command=command)
+    except Interrupted as stop:
+        typer.echo(f"{stop}; the state is saved", err=True)
+        typer.echo(f"resume with: {command} --out {shlex.quote(str(folder))} --resume", err=True)
+        raise typer.Exit(130) from None
+    print_result(result)
+
+
+def print_result(result) -> None:  # noqa: ANN001
+    """The table, what its last row means, warnings, and where everything is."""
+    from rich.console import Console
+
+    from limbeck.report.tables import headline, run_table
+
+    console = Console()
+    console.print()
+    console.print(run_table(result.summary))
+    console.print(headline(result.summary), highlight=False)
+    for name, text in result.summary.get("notes", {}).items():
+        console.print(f"{name}: {text}.", highlight=False, style="dim")
+    for text in (*result.summary["warnings"], *result.summary["alarms"]):
+        console.print(f"note: {text}", highlight=False)
+    print(f"report:  {result.folder / 'report.html'}")
+    print(f"student: {result.folder / 'student'}")
