@@ -23,7 +23,7 @@ demo: $(VENV)/.core  ## install, then distil a digit classifier (under 90 second
 
 test: $(VENV)/.dev  ## install, then the whole test suite
 	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2
 
 lint: $(VENV)/.dev  ## ruff alone
 	$(BIN)/ruff check src tests benchmarks

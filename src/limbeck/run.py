@@ -108,6 +108,8 @@ def _open_folder(folder: Path, recipe: schema.Recipe, resume: bool) -> Any:
         storage.write_text(before, recipe.to_yaml())
     except BaseException:
         lock.release()
+        if not before.is_file():
+            (folder / ".lock").unlink(missing_ok=True)
         raise
     return lock
 
@@ -160,11 +162,25 @@ def execute(
     """
     started = time.perf_counter()
     folder = Path(out).expanduser() if out is not None else new_folder(recipe)
+    existed = folder.exists()
+    fresh = not (folder / "recipe.yaml").exists()
     lock = _open_folder(folder, recipe, resume)
     try:
         return _execute(recipe, folder, given or {}, callbacks, command, report, started)
+    except UserError:
+        if fresh and not (folder / "checkpoints").exists():
+            _leave_nothing(folder, existed)  # so that the mended command can use the same folder
+        raise
     finally:
         lock.release()
+
+
+def _leave_nothing(folder: Path, existed: bool) -> None:
+    """Take back what a run wrote that failed before its first checkpoint."""
+    for name in ("recipe.yaml", "log.jsonl", ".lock"):
+        (folder / name).unlink(missing_ok=True)
+    if not existed and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _execute(recipe: schema.Recipe, folder: Path, given: Mapping[str, Any], callbacks: Sequence[Callback], command: str, report: bool, started: float) -> Result:
@@ -211,11 +227,12 @@ def _execute(recipe: schema.Recipe, folder: Path, given: Mapping[str, Any], call
         "versions": versions(),
         "command": command,
     }
-    from limbeck.report.card import model_card
+    from limbeck.report.card import model_card, teacher_text
     from limbeck.zoo import save_model
 
+    card = model_card(summary, teacher_text(recipe))
     for name, network in outcome.artifacts.items():
-        save_model(network, folder / name, card=model_card(summary), extra={"classes": list(outcome.classes), "method": summary["method"], "metrics": summary["metrics"].get("student", {})})
+        save_model(network, folder / name, card=card, extra={"classes": list(outcome.classes), "method": summary["method"], "metrics": summary["metrics"].get("student", {})})
     storage.save_tensors(folder / "predictions.safetensors", {**{f"logits.{k}": v for k, v in outcome.logits.items()}, "labels": outcome.labels})
     if report:
         from limbeck.report.page import Report, write_report

@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     from limbeck.cli.app import app
 
     try:
-        app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, standalone_mode=False)
     except SystemExit as error:
         return int(error.code or 0)
     except UserError as error:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         return _other(error)
-    return 0
+    return code if isinstance(code, int) else 0  # a command that raised typer.Exit gives its code back
 
 
 def _complain(message: str, hint: str) -> int:

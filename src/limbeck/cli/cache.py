@@ -2,9 +2,67 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+from typing import Annotated, Optional
 
-def cache() -> None:
-    """In the making."""
-    from limbeck.errors import UserError
+import typer
 
-    raise UserError("this command is not finished yet", "wait a little")
+
+def cache(
+    recipe: Annotated[str, typer.Argument(help="An embedded recipe's name (`limbeck recipes`) or a YAML file.")],
+    out: Annotated[Path, typer.Option(help="The folder to write: a new or empty one, or one that this command began.")],
+    set: Annotated[Optional[list[str]], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the recipe. May be repeated.")] = None,
+    form: Annotated[str, typer.Option(help="float16 (half the bytes), float32 (every bit), or topk (the K largest logits and the mass of the rest).")] = "float16",
+    top_k: Annotated[Optional[int], typer.Option(help="How many logits the form topk keeps.")] = None,
+    signals: Annotated[Optional[str], typer.Option(help="What to store, with commas: logits, embedding, stages, or module paths. By default what the recipe's method reads.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")] = False,
+) -> None:
+    """Store a teacher's outputs once, to train from them many times without running it.
+
+    The teacher and the data are those of the recipe (a teacher that the recipe trains is trained once and kept). The size is told
+    before anything is written. The store is bound to this teacher and this data by fingerprints: a run with others refuses it.
+    Ctrl-C is safe: the same command goes on.
+
+    Examples: limbeck cache digits --out stores/digits | limbeck cache digits --out stores/top --form topk --top-k 3
+
+    limbeck run digits --set teacher.store=stores/digits   (trains from what was stored)
+    """
+    from limbeck import recipe as schema
+    from limbeck.errors import UserError, unknown
+
+    changes = list(set or [])
+    checked = schema.load(recipe, changes)
+    if form not in ("float16", "float32", "topk"):
+        raise unknown("form", form, ("float16", "float32", "topk"))
+    if (form == "topk") != (top_k is not None):
+        raise UserError("--form topk and --top-k go together", "for example --form topk --top-k 8")
+
+    from limbeck.cli.progress import Progress
+    from limbeck.engine.loop import Interrupted
+    from limbeck.knowledge.caching import Written, store_teacher
+    from limbeck.knowledge.surroundings import surroundings
+    from limbeck.report.tables import human
+
+    def say(planned: Written) -> None:
+        what = f"{planned.samples} samples, {planned.bytes_per_sample} bytes each ({planned.form}: {', '.join(planned.signals)})"
+        typer.echo(f"to store: {what}, at most {human(planned.bytes, 'B')} in {planned.folder}", err=True)
+
+    callbacks = [] if quiet else [Progress()]
+    given = "".join(f" --set {shlex.quote(change)}" for change in changes)
+    try:
+        session = surroundings(checked, callbacks)
+        names = [name.strip() for name in signals.split(",") if name.strip()] if signals is not None else None
+        if names == []:
+            raise UserError("--signals names nothing", "for example --signals logits,embedding")
+        done = store_teacher(checked, out, session, form=form, k=top_k, signals=names or (), callbacks=callbacks, announce=say)  # type: ignore[arg-type]
+    except (Interrupted, KeyboardInterrupt):
+        options = f" --form {form}" + (f" --top-k {top_k}" if top_k else "") + (f" --signals {shlex.quote(signals)}" if signals else "")
+        typer.echo("interrupted; what was finished is kept", err=True)
+        typer.echo(f"go on with: limbeck cache {shlex.quote(recipe)}{given} --out {shlex.quote(str(out))}{options}", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        for callback in callbacks:
+            callback.close()
+    print(f"{'already complete: ' if done.found else ''}{done.samples} samples, {done.bytes_per_sample} bytes a sample, {human(done.bytes, 'B')} in {done.folder}")
+    print(f"train from it: limbeck run {shlex.quote(recipe)}{given} --set teacher.store={shlex.quote(str(done.folder))}")

@@ -2,9 +2,62 @@
 
 from __future__ import annotations
 
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
-def evaluate() -> None:
-    """In the making."""
-    from limbeck.errors import UserError
+import typer
 
-    raise UserError("this command is not finished yet", "wait a little")
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A run's folder, or the folder of a saved student.")],
+    data: Annotated[Optional[str], typer.Option(help="Other data than the run's, for example csv:new.csv.")] = None,
+    set: Annotated[Optional[list[str]], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the run's data, e.g. --set data.size=8. May be repeated.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="The network that takes the weights, when your own code makes it: python:package.module:factory.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="A JSON object for programs.")] = False,
+) -> None:
+    """Measure a saved student again: its metrics on the test split, and what it costs.
+
+    The data are those of the run that made it, unless others are named. Where the run recorded its figures, they stand beside the
+    new ones: on the same data and machine they must be equal.
+
+    Examples: limbeck evaluate runs/digits-kd-001 | limbeck evaluate runs/digits-kd-001 --data csv:new.csv | limbeck evaluate student/ --data digits --json
+    """
+    from limbeck.saved import measure, open_saved
+
+    found = measure(open_saved(path, model), data, list(set or []))
+    if json:
+        print(json_module.dumps(found, indent=1))
+        return
+    _print(found)
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from limbeck.report.tables import ABSENT, figure, human, milliseconds
+
+    recorded, cost = found["recorded"] or {}, found["cost"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, title in enumerate(("metric", "now", *(("recorded", "difference") if recorded else ()))):
+        table.add_column(title, justify="right" if number else "left")
+    for name, value in found["metrics"].items():
+        before = recorded.get(name)
+        beside = (figure(name, before), ABSENT if before is None else f"{value - before:+.2g}") if recorded else ()
+        table.add_row(name.replace("_", " "), figure(name, value), *beside)
+    Console().print(table)
+    print(
+        f"{human(cost['params'])} parameters, {human(cost['flops'], 'FLOP')}, {milliseconds(cost['latency_ms'])} for one sample on {cost['device']}, "
+        f"{human(cost['bytes'], 'B')} on disk"
+    )
+    print(f"measured on {found['data']['test']} test samples of {found['data']['name']}")
+    if recorded:
+        worst = max((abs(value - recorded[name]) for name, value in found["metrics"].items() if name in recorded), default=0.0)
+        if worst < 1e-6:
+            print("the figures are those that the run recorded")
+        elif found["same_data"] is False:
+            print("note: these are other data than the run's, so the difference says little")
+        else:
+            print(f"note: on the run's own data the figures differ from the recorded ones by up to {worst:.2g}")

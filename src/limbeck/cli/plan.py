@@ -2,9 +2,104 @@
 
 from __future__ import annotations
 
+import json as json_module
+from typing import Annotated, Any, Optional
 
-def plan() -> None:
-    """In the making."""
-    from limbeck.errors import UserError
+import typer
 
-    raise UserError("this command is not finished yet", "wait a little")
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="An embedded recipe's name (`limbeck recipes`) or a YAML file.")],
+    set: Annotated[Optional[list[str]], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the recipe. May be repeated.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="A JSON object for programs.")] = False,
+) -> None:
+    """Tell what a recipe will cost before it runs: parameters, memory, time, disk, and which features pair up.
+
+    Sizes are counted; the time of a step is measured by a few dry steps on copies of the models (an untrained teacher costs what a
+    trained one does). Nothing is trained, and no file is written.
+
+    Examples: limbeck plan digits | limbeck plan digits --set training.batch=256 --set student.args.width=16 | limbeck plan my.yaml --json
+    """
+    from limbeck import recipe as schema
+
+    checked = schema.load(recipe, list(set or []))
+
+    from limbeck.engine.loop import Interrupted
+    from limbeck.knowledge.planning import plan as forecast_of
+    from limbeck.knowledge.surroundings import surroundings
+    from limbeck.run import new_folder
+
+    try:
+        found = forecast_of(checked, surroundings(checked))
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    if json:
+        print(json_module.dumps({**found.as_dict(), "folder": str(new_folder(checked))}, indent=1, default=str))
+        return
+    _print(found, checked.checkpoints.keep, str(new_folder(checked)))
+
+
+def _print(found: Any, keep: int, folder: str) -> None:
+    from rich.console import Console
+
+    from limbeck.report.tables import duration, human, milliseconds
+
+    console, data = Console(), found.data
+    print(f"{found.method} on {data['name']}: {data['train']} training samples ({data['labelled']} with a label), {data['test']} test samples, {found.device}\n")
+    models = _table("model", "parameters", "FLOPs a sample", "size on disk")
+    for role, row in found.models.items():
+        models.add_row(role, human(row["params"]), human(row["flops"], "FLOP"), human(row["bytes"], "B"))
+    console.print(models)
+    print()
+    phases = _table("phase", "steps", "batch", "a step", "time", "weights", "gradients", "optimiser", "activations")
+    for phase in found.phases:
+        if phase.kept:
+            phases.add_row(phase.name, str(phase.steps), str(phase.batch), "kept", "0 s", *[""] * 4)
+            continue
+        phases.add_row(phase.name, str(phase.steps), str(phase.batch), milliseconds(phase.step_ms), duration(phase.seconds), *(human(n, "B") for n in phase.memory.values()))
+    console.print(phases)
+    print(f"\ntime:    about {duration(found.seconds)} of training, from a few dry steps; measurements and the report come on top")
+    for phase in found.phases:
+        if phase.kept:
+            print(f"         {phase.name}: trained already, kept in {phase.kept}")
+        elif phase.name.startswith("teacher"):
+            print(f"         {phase.name}: not in the cache yet, would be trained once and kept ({duration(phase.seconds)})")
+    print(f"memory:  {human(found.memory, 'B')} for models and one step at the most, beside the data and torch itself")
+    if found.store:
+        _print_store(found.store)
+    print(f"disk:    {human(found.as_dict()['disk'], 'B')} in {folder}/ (the last {keep} checkpoints of each phase stay)")
+    for name, size in found.files.items():
+        print(f"         {name}" + (f"  {human(size, 'B')}" if size else ""))
+    _print_pairs(found)
+
+
+def _print_store(store: dict[str, Any]) -> None:
+    from limbeck.report.tables import human
+
+    top = f", top-{store['k']} {human(store['topk'], 'B')}" if "topk" in store else ""
+    print(f"cache:   `limbeck cache` would store {', '.join(store['signals'])}: float16 {human(store['float16'], 'B')}{top}")
+    if store["speed_bound"]:
+        print(f"         a step can become at most {store['speed_bound']:.2f} times as fast with it: 1 + F_teacher / (3 F_student)")
+
+
+def _print_pairs(found: Any) -> None:
+    used = {name.split("[")[0] for names in found.reads.values() for name in names}
+    print(f"pairs:   {found.method} reads {', '.join(found.reads['teacher']) or 'nothing'} of the teacher and {', '.join(found.reads['student'])} of the student")
+    for pair in found.pairs:
+        bridge = "same shape" if not pair.bridge else "would need a bridge" if pair.signal not in used else "shapes differ; the method bridges them" if found.parts else "shapes differ"
+        shapes = [("x".join(map(str, shape[1:]))) for shape in (pair.teacher_shape, pair.student_shape)]
+        print(f"         {pair.signal}: {pair.teacher} ({shapes[0]}) -> {pair.student} ({shapes[1]}): {bridge}")
+    if found.parts:
+        print(f"         trained with the student and thrown away: {found.parts} parameters")
+    for note in found.notes:
+        print(f"note: {note}")
+
+
+def _table(*titles: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if number else "left")
+    return table

@@ -95,30 +95,49 @@ def check_input(network: nn.Module, data: Data, session: Session, role: str) -> 
         ) from None
 
 
-def schooled(spec: schema.Model, network: nn.Module, recipe: schema.Recipe, data: Data, session: Session, phase: str, given_data: Any = None) -> nn.Module:
-    """Train a network as its `train` block says, once: the result is kept in the user's cache and found again by what it was made from.
+def school_data(spec: schema.Model, recipe: schema.Recipe, data: Data, given: Any = None) -> Data:
+    """The data that a `train` block trains on: the recipe's, with the keys changed that the block changes."""
+    if spec.train is None or not spec.train.data:
+        return data
+    return open_recipe_data(schema.Data.model_validate({**recipe.data.model_dump(), **spec.train.data}), given)
 
-    An interrupted training goes on from its checkpoint, also in another run.
+
+def kept_at(spec: schema.Model, network: nn.Module, recipe: schema.Recipe, own: Data, session: Session) -> tuple[Path, dict[str, Any]]:
+    """The folder of the user's cache in which a network trained as its `train` block says is kept, and what it is made from.
+
+    Args:
+        spec: the model, with its `train` block.
+        network: as it is before that training.
+        recipe: the recipe that names it.
+        own: what it is trained on, see `school_data`.
+        session: device and precision.
     """
     school = spec.train
     assert school is not None
-    own = data
-    if school.data:
-        own = open_recipe_data(schema.Data.model_validate({**recipe.data.model_dump(), **school.data}), given_data)
-    method = make_method(school.method)
     content = {
         "model": spec.model_dump(exclude={"train"}),
         "start": storage.tensors_fingerprint(network.state_dict()),
         "train": {k: v for k, v in school.model_dump().items() if k != "data"},
-        "method": method.values(),
+        "method": make_method(school.method).values(),
         "data": own.fingerprint,
         "augment": school.data.get("augment", recipe.data.augment),
         "limbeck": __version__,
         "device": session.device.type,
         "precision": session.precision,
     }
-    key = storage.fingerprint(content)
-    folder = places.cache_folder() / "models" / key
+    return places.cache_folder() / "models" / storage.fingerprint(content), content
+
+
+def schooled(spec: schema.Model, network: nn.Module, recipe: schema.Recipe, data: Data, session: Session, phase: str, given_data: Any = None) -> nn.Module:
+    """Train a network as its `train` block says, once: the result is kept in the user's cache and found again by what it was made from.
+
+    An interrupted training goes on from its checkpoint, also in another run.
+    """
+    school, method = spec.train, make_method(spec.train.method) if spec.train else None
+    assert school is not None and method is not None
+    own = school_data(spec, recipe, data, given_data)
+    folder, content = kept_at(spec, network, recipe, own, session)
+    key = folder.name
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -211,8 +230,19 @@ def stored_teacher(spec: schema.Teacher, networks: Mapping[str, nn.Module], data
         raise UserError("teacher.kind is stored, but teacher.store names no folder", "write one with `limbeck cache RECIPE`, then set teacher.store to it")
     if data.train.augment is not None:
         raise UserError("stored teacher outputs belong to inputs as they are, and data.augment changes them", "leave data.augment empty, or use the teacher itself")
-    fingerprint = model_fingerprint(next(iter(networks.values()))) if len(networks) == 1 else None
-    return StoredTeacher(Store(spec.store, teacher_fingerprint=fingerprint, data_fingerprint=data.fingerprint), wants)
+    return StoredTeacher(Store(spec.store, teacher_fingerprint=teacher_fingerprint(networks, spec.weights), data_fingerprint=data.fingerprint), wants)
+
+
+def teacher_fingerprint(networks: Mapping[str, nn.Module], weights: Mapping[str, float] | None = None) -> str | None:
+    """What stored outputs are bound to: one network's fingerprint; of several a digest of every member's, in order, with its share.
+
+    None when no network is at hand: then nothing can be compared.
+    """
+    marks = [model_fingerprint(network) for network in networks.values()]
+    if len(marks) < 2:
+        return marks[0] if marks else None
+    given = [1.0 if weights is None else weights.get(name, 0.0) for name in networks]
+    return storage.fingerprint([[mark, share / (sum(given) or 1.0)] for mark, share in zip(marks, given)])
 
 
 def make_student(recipe: schema.Recipe, data: Data, session: Session, given: Mapping[str, Any]) -> nn.Module:

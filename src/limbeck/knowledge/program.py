@@ -17,7 +17,7 @@ from limbeck.engine.clock import Clock
 from limbeck.errors import UserError
 from limbeck.evaluation.predict import predict
 from limbeck.knowledge.distiller import Distiller, Models, Pair
-from limbeck.knowledge.teachers import OnlineTeacher, Teacher
+from limbeck.knowledge.teachers import OnlineTeacher, StoredTeacher, Teacher
 from limbeck.signals import Reader, Signals
 from limbeck.tasks import Classification
 
@@ -66,6 +66,8 @@ class KnowledgeProgram:
         device: torch.device | str = "cpu",
     ) -> None:
         self.device = torch.device(device)
+        if augment and isinstance(teacher, StoredTeacher):
+            raise UserError("stored teacher outputs belong to inputs as they are, and data.augment changes them", "leave data.augment empty, or use the teacher itself")
         if augment:
             data = data.with_augment(Augment(list(augment)))
         self.method, self.teacher, self.data, self.task, self.training = method, teacher, data, task, training

@@ -222,7 +222,7 @@ class StoredTeacher(Teacher):
     def __init__(self, store: Any, wants: tuple[str, ...] = ("logits",)) -> None:
         self.store, self.wants = store, wants
         for name in wants:
-            if name not in store.layout.signals:
+            if name not in store.layout.signals and not (name == "stages" and "stages[0]" in store.layout.signals):
                 have = ", ".join(store.layout.signals)
                 raise UserError(f"the store {store.folder} holds {have}, not {name!r}", f"write it again with `limbeck cache ... --signals {','.join(wants)}`")
 

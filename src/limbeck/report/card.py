@@ -8,11 +8,33 @@ from typing import Any
 from limbeck.report.tables import run_markdown
 
 
-def model_card(summary: Mapping[str, Any]) -> str:
+def teacher_text(recipe: Any) -> str:
+    """Who a recipe learns from, in a few words: "cnn (width=30, depth=4), trained first"."""
+    said = []
+    for model in recipe.teacher.models.values():
+        args = ", ".join(f"{key}={value}" for key, value in model.args.items())
+        said.append(model.model + (f" ({args})" if args else "") + (", trained first" if model.train else ""))
+    kinds = {"ema": "a moving average of the student", "history": "what the student itself said before"}
+    return " and ".join(said) or kinds.get(recipe.teacher.kind, "")
+
+
+def _evidence(method: str) -> list[str]:
+    from limbeck.evaluation.evidence import find
+
+    found = find(method)
+    if found is None:
+        return [f"Evidence for `{method}`: none is recorded.", ""]
+    interval = f", 95 % interval {found.interval[0]:+.4f} to {found.interval[1]:+.4f}" if found.interval else ""
+    figures = f"{found.metric} {found.difference:+.4f} against {found.baseline_name} over {len(found.seeds)} seeds{interval}"
+    return [f"Evidence for `{method}` ({found.status}): {figures}. {found.claim_tested}", ""]
+
+
+def model_card(summary: Mapping[str, Any], teacher: str = "") -> str:
     """Markdown for the README of a saved student: what it was distilled from, by which method, and what was measured.
 
     Args:
         summary: what summary.json holds.
+        teacher: who was learned from, see `teacher_text`.
     """
     from limbeck.method import find
 
@@ -22,11 +44,14 @@ def model_card(summary: Mapping[str, Any]) -> str:
         lines += [f"Method: `{card.id}`, {card.paper}.", ""]
     except Exception:  # a method given as an object has no registered card
         lines += [f"Method: `{summary['method']}`.", ""]
+    if teacher:
+        lines += [f"Teacher: {teacher}.", ""]
     data = summary.get("data", {})
     lines += [f"Data: {data.get('name')}, {data.get('train')} training samples, {data.get('labelled')} of them with a label the student could see; {data.get('test')} test samples.", ""]
     lines += ["Measured on the test split, after the last step:", "", run_markdown(summary), ""]
     if "agreement" in summary:
         lines += [f"Agreement with the teacher: {summary['agreement']['top1']:.1%} of the predictions.", ""]
+    lines += _evidence(summary["method"])
     made = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
     lines += [f"Seed {summary['seed']}. Made with {made}.", ""]
     return "\n".join(lines)

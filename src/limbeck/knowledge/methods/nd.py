@@ -38,7 +38,7 @@ class ND(Distiller):
         arxiv="2305.17007",
         wing="knowledge",
         family="response",
-        claim="Drawing the embedding along the teacher's class means, to its norm, improves KD and its kin on CIFAR-100, ImageNet and COCO.",
+        claim="Drawing embeddings along the teacher's class means, to its norm, improves KD and its kin on CIFAR-100, ImageNet and COCO.",
         equation="cls CE + min(1, epoch/warm_up) kd T^2 KL + nd mean(1 - <s, e_y> / max(|s|, |t|)), e_y = unit class mean of the teacher",
         baseline="kd",
         certainty="verified-in-code",

@@ -41,13 +41,13 @@ class OFA(Distiller):
         equation="gt CE(s,y) + kd ofa(s,t) + ofa sum_i ofa(b_i(F_i),t), ofa = -sum_c ((p_t + y)^eps - y) log p_s",
         baseline="kd",
         certainty="verified-in-code",
-        deviations="An exit is as wide as the student's last stage (the release: the wider of student and teacher, which needs the teacher's "
-        "features); `width` changes it. Stages are those that the anatomy finds. Flat features, which the release does not have, get "
+        deviations="An exit is as wide as the student's last stage (the release: the wider of both, which needs the teacher's features); "
+        "`width` changes it. Stages are those that the anatomy finds. Flat features, which the release does not have, get "
         "linear-BatchNorm-ReLU-linear. Label smoothing (0.1 in the release) is the recipe's.",
     )
     student_wants = ("logits", "stages")
 
-    eps: float | tuple[float, ...] = setting(1.0, "power: one for all, or one an exit and the last for the logits (ImageNet: 1.5)", at_least=1)
+    eps: float | tuple[float, ...] = setting(1.0, "power: one for all, or one an exit and a last for the logits; ImageNet: 1.5", at_least=1)
     temperature: float = setting(1.0, "T of the exits and of the logits, without T^2", above=0)
     gt: float = setting(1.0, "weight of the labels", at_least=0)
     kd: float = setting(1.0, "weight of the teacher at the student's logits", at_least=0)

@@ -10,6 +10,7 @@ from limbeck.data.batch import Batch
 from limbeck.engine.clock import Clock
 from limbeck.knowledge.distiller import Distiller, Pair
 from limbeck.losses import batch_transport, soft_cross_entropy
+from limbeck.losses._rows import wide
 from limbeck.method import Card, setting
 from limbeck.signals.signals import Signals
 
@@ -55,7 +56,7 @@ class SinKD(Distiller):
 
     def loss(self, batch: Batch, student: Signals, teacher: Signals, clock: Clock) -> dict[str, Tensor]:
         """`soft`, `ce` and `transport`; a term of weight 0 is left out."""
-        targets = (teacher.logits.float() / self.temperature).softmax(-1).to(student.logits.dtype)
+        targets = (wide(teacher.logits) / self.temperature).softmax(-1)
         terms = {"soft": self.alpha * soft_cross_entropy(student.logits, targets, temperature=self.temperature)}
         if self.alpha < 1:
             terms["ce"] = (1 - self.alpha) * self.hard(batch, student.logits)

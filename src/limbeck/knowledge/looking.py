@@ -1,0 +1,173 @@
+"""What `limbeck inspect` looks at: networks by reference, or those of a recipe, built but never trained, with inputs that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from limbeck import recipe as schema, zoo
+from limbeck.data import Data, open_data
+from limbeck.errors import UserError
+from limbeck.knowledge import models
+from limbeck.signals import Anatomy, Pair, anatomy
+from limbeck.signals.inspection import pairs
+
+CLASSES = 10
+"""Classes of a network whose data is not known."""
+
+
+@dataclass
+class Subject:
+    """A network by the name that the user gave, and what a dry pass found in it."""
+
+    name: str
+    network: nn.Module
+    anatomy: Anatomy
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: JSON can hold it."""
+        found = self.anatomy
+        rows = [{**row._asdict(), "inputs": list(row.inputs), "outputs": list(row.outputs)} for row in found.modules]
+        return {
+            "name": self.name,
+            "class": found.model,
+            "params": zoo.parameters(self.network),
+            "modules": rows,
+            "stages": [{"path": path, "shape": shape} for path, shape in zip(found.stages, found.stage_shapes)],
+            "head": found.head,
+            "embedding_shape": found.embedding_shape,
+            "attention": found.attention,
+        }
+
+
+@dataclass
+class Look:
+    """One network, or teachers and a student with the pairs that suggest themselves: `{teacher's name: pairs}`."""
+
+    subjects: list[Subject] = field(default_factory=list)
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: JSON can hold it."""
+        return {"models": [s.as_dict() for s in self.subjects], "pairs": {name: [p._asdict() for p in found] for name, found in self.pairs.items()}}
+
+
+def is_recipe(reference: str) -> bool:
+    """Whether a name means a recipe: an embedded one, or a YAML file."""
+    return reference in schema.embedded() or Path(reference).suffix in (".yaml", ".yml")
+
+
+def _dry(name: str, network: nn.Module, inputs: Any) -> Subject:
+    try:
+        return Subject(name, network, anatomy(network, inputs))
+    except UserError:
+        raise
+    except Exception as error:  # a network may fail in any way; the message is all that helps
+        first = str(error).splitlines()[0][:200] if str(error) else ""
+        shape = tuple(inputs.shape[1:]) if isinstance(inputs, torch.Tensor) else "of that data"
+        raise UserError(f"{name} cannot read samples {shape}: {type(error).__name__}: {first}", "give inputs that it was made for: --input-shape or --data") from None
+
+
+def _build(reference: str, data: Data | None, shape: tuple[int, ...] | None, args: Mapping[str, Any]) -> nn.Module:
+    known: dict[str, Any] = {}
+    if data is not None:
+        known = {"input_shape": data.input_shape, "classes": len(data.classes) or CLASSES}
+    elif shape is not None:
+        known = {"input_shape": shape}
+    kind, colon, name = reference.partition(":")
+    folder = Path(name if kind == "folder" else reference).expanduser()
+    if folder.is_dir() and not colon and (folder / "student").is_dir():
+        reference = str(folder / "student")
+    elif folder.is_dir() or kind == "hf":
+        known.pop("classes", None)  # it has its own
+    elif known:
+        known.setdefault("classes", CLASSES)
+    try:
+        return zoo.build(reference, **{**known, **args})
+    except UserError as error:
+        if "needs input_shape" in error.message:
+            raise UserError(error.message, "add --input-shape 1,8,8 or --data digits") from None
+        raise
+
+
+def _guess(name: str, network: nn.Module) -> Any:
+    """Inputs for a network that tells its own shape: by limbeck's note, or by its transformers configuration."""
+    made = (getattr(network, "limbeck_config", None) or {}).get("args", {})
+    if "input_shape" in made:
+        return torch.zeros(2, *made["input_shape"])
+    config = getattr(network, "config", None)
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    if channels and size:
+        sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+        return torch.zeros(2, channels, *sides)
+    if getattr(config, "vocab_size", None):
+        return {"input_ids": torch.ones(2, 16, dtype=torch.long), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
+    raise UserError(f"{name} does not tell what inputs it reads", "add --input-shape 1,8,8 or --data SOURCE")
+
+
+def look(
+    reference: str,
+    other: str | None = None,
+    *,
+    data: str | None = None,
+    shape: tuple[int, ...] | None = None,
+    args: Mapping[str, Any] | None = None,
+    other_args: Mapping[str, Any] | None = None,
+) -> Look:
+    """Build what is named, make one dry pass through each, and propose pairs.
+
+    Args:
+        reference: a recipe (its teachers and student are looked at), or a network as `limbeck.zoo.build` takes it, or a run's folder.
+        other: a second network, the student.
+        data: where the inputs come from; else `shape`, else what the network itself tells.
+        shape: of one sample, without the batch.
+        args, other_args: of the two networks.
+
+    Raises:
+        UserError: a name is unknown, or a network cannot read the inputs.
+    """
+    if is_recipe(reference):
+        if other is not None or data is not None or shape is not None or args or other_args:
+            raise UserError("a recipe names its own models and data", f"change it with a copy: `limbeck recipes {reference} > my.yaml`, or inspect one model by name")
+        return _recipe(schema.load(reference))
+    opened = None if data is None else open_data(data)
+    first = _build(reference, opened, shape, args or {})
+    if opened is not None:
+        inputs = opened.example(2).inputs
+    else:
+        inputs = torch.zeros(2, *shape) if shape is not None else _guess(reference, first)
+    found = Look([_dry(reference, first, inputs)])
+    if other is not None:
+        same_shape = tuple(inputs.shape[1:]) if isinstance(inputs, torch.Tensor) else shape
+        second = _dry(other, _build(other, opened, same_shape, other_args or {}), inputs)
+        found.subjects.append(second)
+        found.pairs[reference] = pairs(found.subjects[0].anatomy, second.anatomy)
+    return found
+
+
+def recipe_networks(recipe: schema.Recipe, data: Data) -> tuple[dict[str, nn.Module], nn.Module]:
+    """The recipe's teachers by name and its student as they are built, before any training."""
+    teachers = {}
+    for name, spec in recipe.teacher.models.items():
+        role = "teacher" if len(recipe.teacher.models) == 1 else f"teacher {name}"
+        teachers[name] = models.build(spec, data, spec.train.seed if spec.train else 0, role)
+    return teachers, models.build(recipe.student, data, recipe.seed, "student")
+
+
+def _recipe(recipe: schema.Recipe) -> Look:
+    data = models.open_recipe_data(recipe.data)
+    teachers, student = recipe_networks(recipe, data)
+    inputs = data.example(2).inputs
+    found = Look()
+    small = _dry("student", student, inputs)
+    for name, network in teachers.items():
+        label = "teacher" if len(teachers) == 1 else f"teacher {name}"
+        found.subjects.append(_dry(label, network, inputs))
+        found.pairs[label] = pairs(found.subjects[-1].anatomy, small.anatomy)
+    found.subjects.append(small)
+    return found

@@ -1,0 +1,300 @@
+"""What a recipe will cost, before it runs: sizes are counted, a few steps are timed on copies, and nothing is kept."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from limbeck import recipe as schema
+from limbeck.data import Batches, Data
+from limbeck.engine.clock import Clock
+from limbeck.engine.loop import Loop, Plan
+from limbeck.engine.session import Session, seed_everything
+from limbeck.evaluation.cost import count_flops, stored_bytes
+from limbeck.knowledge import models
+from limbeck.knowledge.caching import flat
+from limbeck.knowledge.looking import recipe_networks
+from limbeck.knowledge.methods.alone import Alone
+from limbeck.knowledge.program import KnowledgeProgram, steps_of
+from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
+from limbeck.signals import Pair, anatomy
+from limbeck.signals.inspection import pairs
+from limbeck.signals.store import plan_bytes
+
+DRY_SECONDS = 0.5
+"""About how long each phase is timed, after a few steps to warm up."""
+
+KEPT_TOP = 8
+"""Logits a sample in the top-k form whose size is told."""
+
+
+@dataclass
+class Phase:
+    """One training of a run.
+
+    Attributes:
+        name: as in the log.
+        steps, batch: optimiser steps, samples in each.
+        step_ms: measured wall time of a step; None when the phase will not run (`kept`).
+        seconds: of the whole phase.
+        kept: where its result is kept already.
+        memory: bytes by use: weights, gradients, optimiser, activations (what one backward pass holds).
+        checkpoint: bytes of one checkpoint.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    step_ms: float | None = None
+    seconds: float = 0.0
+    kept: str | None = None
+    memory: dict[str, int] = field(default_factory=dict)
+    checkpoint: int = 0
+
+
+@dataclass
+class Forecast:
+    """What `limbeck plan` tells; `as_dict` is its JSON.
+
+    Attributes:
+        models: `params`, `flops`, `bytes` by role.
+        phases: the trainings in order.
+        store: bytes of the teacher's stored outputs by form, and the bound of the gain in speed; empty without a teacher network.
+        files: what a run writes, with the bytes where they are known.
+        pairs: the proposed teacher-student pairs.
+        reads: the signals that the method reads from the student and from the teacher.
+        parts: parameters of what the method trains beside the student (bridges).
+    """
+
+    method: str
+    device: str
+    data: dict[str, Any]
+    models: dict[str, dict[str, int]]
+    phases: list[Phase]
+    store: dict[str, Any]
+    files: dict[str, int | None]
+    pairs: list[Pair]
+    reads: dict[str, list[str]]
+    parts: int
+    notes: list[str]
+
+    @property
+    def seconds(self) -> float:
+        """Of all trainings."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the phase that needs most."""
+        return max((sum(phase.memory.values()) for phase in self.phases), default=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        found = {key: value for key, value in vars(self).items() if key not in ("phases", "pairs")}
+        return {
+            **found,
+            "phases": [vars(phase) for phase in self.phases],
+            "pairs": [pair._asdict() for pair in self.pairs],
+            "seconds": self.seconds,
+            "memory": self.memory,
+            "disk": sum(value or 0 for value in self.files.values()),
+        }
+
+
+def plan(recipe: schema.Recipe, session: Session) -> Forecast:
+    """Build everything that the recipe names, train nothing, and measure a few steps of each phase on copies.
+
+    An untrained teacher costs what a trained one does, so it stands in for it.
+
+    Raises:
+        UserError: whatever would also stop the run at its beginning.
+        Interrupted: after Ctrl-C.
+    """
+    data = models.open_recipe_data(recipe.data)
+    task = models.task_of(recipe, data)
+    networks, start = recipe_networks(recipe, data)
+    for role, network in (*networks.items(), ("student", start)):
+        network.to(session.device)
+        models.check_input(network, data, session, role)
+    example = data.to(session.device).example(1).inputs
+    sizes = {role: _sizes(network, example) for role, network in (*_roles(networks).items(), ("student", start))}
+    phases: list[Phase] = []
+    if recipe.teacher.kind != "online":
+        phases += [_schooling(spec, networks[name], recipe, data, session, role) for (name, spec), role in zip(recipe.teacher.models.items(), _roles(networks)) if spec.train]
+    if recipe.student.train:
+        phases.append(_schooling(recipe.student, start, recipe, data, session, "start"))
+
+    bench = _Bench(recipe, data.to(session.device), task, session)
+    program, total = None, 0
+    for number, stage in enumerate(recipe.stages or [schema.Stage()], 1):
+        method = models.make_method(stage.method or recipe.method)
+        training = schema.Training.model_validate({**recipe.training.model_dump(), **stage.training})
+        source = stage.teacher or recipe.teacher
+        own = networks if stage.teacher is None else recipe_networks(recipe.model_copy(update={"teacher": source}), data)[0]
+        own = {name: copy.deepcopy(network).to(session.device).requires_grad_(True) for name, network in own.items()}
+        stored = source.kind == "stored" or bool(source.store and source.kind == "auto")
+        network = copy.deepcopy(start)
+        # a store is bound to the trained teacher, which is not at hand here: only its data is compared
+        teacher = models.make_teacher(source, method, {} if stored else own, network, bench.data, session)
+        own_data, steps = bench.data, _steps(training, bench.data)
+        if method.labelled_only and data.hidden_labels is not None:
+            own_data = bench.data.only_labelled()
+        name = "student" if not recipe.stages or len(recipe.stages) == 1 else stage.name or f"stage-{number}"
+        phase, program = bench.phase(name, method, network, teacher, own_data, training, steps)
+        phases.append(phase)
+        total += steps
+    assert program is not None
+    plain = recipe.training.model_copy(update={"labelled_share": None})
+    if recipe.baseline:
+        phases.append(bench.phase("baseline", Alone(), copy.deepcopy(start), Teacher(), bench.data.only_labelled(), plain, total)[0])
+    if recipe.ceiling and data.hidden_labels is not None:
+        phases.append(bench.phase("ceiling", Alone(), copy.deepcopy(start), Teacher(), bench.data.with_all_labels(), plain, total)[0])
+
+    wants = program.method.wants()
+    store = _store(networks, wants[1], data, sizes, session) if networks else {}
+    return Forecast(
+        method=program.method.card.id,
+        device=str(session.device),
+        data=data.describe(),
+        models=sizes,
+        phases=phases,
+        store=store,
+        files=_files(recipe, phases, sizes, data, session),
+        pairs=_pairs(networks, start, data, session),
+        reads={"student": list(wants[0]), "teacher": list(wants[1])},
+        parts=sum(p.numel() for p in program.method.parts.parameters()),
+        notes=list(session.notes),
+    )
+
+
+def _roles(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {"teacher" if len(networks) == 1 else f"teacher-{name}": network for name, network in networks.items()}
+
+
+def _sizes(network: nn.Module, example: Any) -> dict[str, int]:
+    return {"params": sum(p.numel() for p in network.parameters()), "flops": count_flops(network, example), "bytes": stored_bytes(network)}
+
+
+def _steps(training: Any, data: Data) -> int:
+    return steps_of(training, Batches(data.train, min(training.batch, len(data.train))).steps_per_epoch)
+
+
+def _schooling(spec: schema.Model, network: nn.Module, recipe: schema.Recipe, data: Data, session: Session, role: str) -> Phase:
+    """The phase in which a model is trained first; nothing when its result is kept already."""
+    assert spec.train is not None
+    if role == "start":  # its own seed follows the run's, see `models.make_student`
+        spec = spec.model_copy(update={"train": spec.train.model_copy(update={"seed": recipe.seed})})
+    assert spec.train is not None
+    own = models.school_data(spec, recipe, data)
+    folder, _ = models.kept_at(spec, network, recipe, own, session)
+    steps = _steps(spec.train, own)
+    if folder.is_dir():
+        return Phase(role, steps, min(spec.train.batch, len(own.train)), kept=str(folder))
+    bench = _Bench(recipe, own.to(session.device), models.task_of(recipe, own), session, spec.train.data.get("augment"))
+    method = models.make_method(spec.train.method)
+    return bench.phase(role, method, copy.deepcopy(network), Teacher(), bench.data, spec.train, steps)[0]
+
+
+class _Bench:
+    """Measures phases on what they share: data on its device, task, augmentation."""
+
+    def __init__(self, recipe: schema.Recipe, data: Data, task: Any, session: Session, augment: Any = None) -> None:
+        self.recipe, self.data, self.task, self.session = recipe, data, task, session
+        self.augment = recipe.data.augment if augment is None else augment
+
+    def phase(self, name: str, method: Any, network: nn.Module, teacher: Teacher, data: Data, training: Any, steps: int) -> tuple[Phase, KnowledgeProgram]:
+        """Time a few steps of one training, and count what it holds in memory."""
+        device = self.session.device
+        seed_everything(self.recipe.seed, f"{name} plan")
+        program = KnowledgeProgram(method, network, teacher, data, self.task, training, augment=self.augment, total=steps, device=device)
+        size = min(training.batch, len(data.train))
+        held = _held(program)
+        began = time.perf_counter()
+        self._run(program, training, 3)
+        count = max(3, min(50, int(DRY_SECONDS / max((time.perf_counter() - began) / 3, 1e-6))))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        self._run(program, training, count)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        step = (time.perf_counter() - began) / count
+        modules = program.modules()
+        learned = sum(p.numel() * p.element_size() for o in program.optimizers().values() for g in o.param_groups for p in g["params"])
+        state = sum(t.numel() * t.element_size() for o in program.optimizers().values() for s in o.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+        weights = {id(m): stored_bytes(m) for m in (*modules.values(), *teacher.networks().values())}
+        memory = {"weights": sum(weights.values()), "gradients": learned, "optimiser": state, "activations": held}
+        checkpoint = sum(stored_bytes(m) for m in modules.values()) + state
+        return Phase(name, steps, size, step * 1e3, step * steps, None, memory, checkpoint), program
+
+    def _run(self, program: KnowledgeProgram, training: Any, count: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            Loop(program, Plan(training=training, total=count, watch=0, log_every=count, precision=self.session.precision), "plan").run()
+
+
+def _held(program: KnowledgeProgram) -> int:
+    """Bytes that autograd keeps of one step for its backward pass, weights left out; tensors that share storage count once."""
+    own = {p.untyped_storage().data_ptr() for m in program.modules().values() for p in m.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            seen[place] = max(seen.get(place, 0), tensor.untyped_storage().nbytes())
+        alive.append(tensor)  # so that no storage is used again while others are counted
+        return tensor
+
+    alive: list[torch.Tensor] = []
+    clock = Clock(0, program.steps_per_epoch, program.total)
+    program.train()
+    batch = next(iter(program.batches(0, 0)))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for turn in program.turns(clock):
+            program.losses(turn, batch, clock)
+    return sum(seen.values())
+
+
+def _store(networks: Mapping[str, nn.Module], wants: tuple[str, ...], data: Data, sizes: Mapping[str, Mapping[str, int]], session: Session) -> dict[str, Any]:
+    """Bytes of `limbeck cache`, and how much faster a step can become at best: a student's step costs 3 forward passes, a teacher's 1."""
+    teacher: Teacher
+    if len(networks) == 1:
+        wants = tuple(name for name in wants if name not in ("attention", "output")) or ("logits",)
+        teacher = FrozenTeacher(copy.deepcopy(next(iter(networks.values()))), wants)
+    else:
+        wants = ("logits",)
+        teacher = EnsembleTeacher({name: FrozenTeacher(copy.deepcopy(network)) for name, network in networks.items()})
+    said = flat(teacher(data.example(2).to(session.device)), wants)
+    shapes = {name: tuple(value.shape[1:]) for name, value in said.items()}
+    found: dict[str, Any] = {"signals": list(shapes), "float16": plan_bytes(len(data.train), shapes)}
+    if "logits" in shapes:
+        k = min(KEPT_TOP, max(1, shapes["logits"][-1] // 2))
+        found |= {"topk": plan_bytes(len(data.train), shapes, "topk", k), "k": k}
+    cost = sum(row["flops"] for role, row in sizes.items() if role != "student")
+    found["speed_bound"] = 1 + cost / (3 * sizes["student"]["flops"]) if sizes["student"]["flops"] else None
+    return found
+
+
+def _files(recipe: schema.Recipe, phases: list[Phase], sizes: Mapping[str, Mapping[str, int]], data: Data, session: Session) -> dict[str, int | None]:
+    """What the run's folder and the cache will hold; None where the size is small or unknown."""
+    schools = {"start", *(role for role in sizes if role != "student")}
+    found: dict[str, int | None] = {"recipe.yaml": None, "log.jsonl": None}
+    for phase in phases:
+        if phase.name not in schools:
+            found[f"checkpoints/{phase.name}/"] = phase.checkpoint * recipe.checkpoints.keep
+        elif phase.kept is None:
+            found[f"{models.places.cache_folder() / 'models'}/ ({phase.name})"] = sizes["student" if phase.name == "start" else phase.name]["bytes"]
+    roles = 1 + bool(recipe.baseline) + bool(recipe.ceiling and data.hidden_labels is not None) + any(role != "student" for role in sizes)
+    found |= {"student/": sizes["student"]["bytes"], "predictions.safetensors": len(data.test) * (4 * len(data.classes) * roles + 8)}
+    return {**found, "summary.json": None, "report.html": None}
+
+
+def _pairs(networks: Mapping[str, nn.Module], student: nn.Module, data: Data, session: Session) -> list[Pair]:
+    inputs = data.example(2).to(session.device).inputs
+    small = anatomy(student, inputs)
+    return [pair for network in networks.values() for pair in pairs(anatomy(network, inputs), small)]

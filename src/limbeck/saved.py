@@ -1,0 +1,239 @@
+"""A student that was saved: opened together with the recipe of its run, measured again, handed on in other formats."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck import recipe as schema
+from limbeck.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from limbeck.data import Data
+    from limbeck.engine.session import Session
+
+
+@dataclass
+class Saved:
+    """A saved student.
+
+    Attributes:
+        network: in evaluation mode.
+        folder: where its weights are.
+        run: the folder of the run that it came from, if it still lies there.
+        recipe: of that run.
+        summary: of that run.
+    """
+
+    network: nn.Module
+    folder: Path
+    run: Path | None = None
+    recipe: schema.Recipe | None = None
+    summary: dict[str, Any] | None = None
+
+
+def open_saved(path: str | Path, model: str | None = None) -> Saved:
+    """Open a run's folder, or the folder of a student.
+
+    Args:
+        path: what `limbeck run` wrote, or the `student/` folder inside it, or any folder that `limbeck.zoo.save_model` wrote.
+        model: a reference to the network that takes the weights, for networks that limbeck cannot make from the folder's note
+            (`python:` factories are called only when they are named here: a folder's note never runs code).
+
+    Raises:
+        UserError: there is no student in it, the run is not finished, or the network cannot be made.
+    """
+    from limbeck import zoo
+    from limbeck.run import summary_of
+
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}", "give the folder of a run, such as runs/digits-kd-001, or the student/ folder inside it")
+    run = path if (path / "recipe.yaml").is_file() else path.parent if (path.parent / "recipe.yaml").is_file() else None
+    folder = path / "student" if run == path else path
+    if run == path and not folder.is_dir():
+        raise UserError(f"the run in {path} is not finished: it has no student yet", f"`limbeck run ... --out {path} --resume` goes on with it")
+    recipe = summary = None
+    if run is not None:
+        text = (run / "recipe.yaml").read_text(encoding="utf-8")
+        recipe = schema.resolve(schema.parse_yaml(text, str(run / "recipe.yaml")), str(run / "recipe.yaml"))
+        summary = summary_of(run) if (run / "summary.json").is_file() else None
+    note = zoo.read_note(folder)
+    made: Any = None
+    if model is not None:
+        data = (summary or {}).get("data") or {}
+        made = zoo.build(model, input_shape=tuple(data["input_shape"]) if "input_shape" in data else None, classes=len(data["classes"]) if "classes" in data else None)
+    elif note and not (folder / "limbeck.json").is_file():
+        ref = note.get("ref")
+        if not isinstance(ref, str) or ref.startswith("python:"):
+            what = f"names the Python factory {ref}, and no code is run because a file names it" if ref else f"holds a {note.get('class')}, which only your code can make"
+            raise UserError(f"{folder} {what}", f"add --model {ref or 'python:package.module:factory'}")
+    network = zoo.load_model(folder, model=made).eval()
+    return Saved(network, folder, run, recipe, summary)
+
+
+def data_of(saved: Saved, source: str | None = None, changes: Sequence[str] = ()) -> tuple[schema.Recipe, Data]:
+    """The recipe and data to look at a student with: those of its run, or others that the user names.
+
+    Args:
+        saved: the student.
+        source: a data reference instead of the run's.
+        changes: `data.key=value` overrides.
+
+    Raises:
+        UserError: no data is known, or it cannot be opened.
+    """
+    from limbeck.knowledge.models import open_recipe_data
+
+    for change in changes:
+        if not change.startswith(("data", "evaluation", "device", "threads", "task")):
+            raise UserError(f"--set {change} changes nothing here", "only data, evaluation, task, device and threads can be set for a saved student")
+    raw: dict[str, Any] = {"student": {"model": "object:saved"}} if saved.recipe is None else saved.recipe.data_as_written()
+    if source is not None:
+        raw["data"] = {"source": source}
+    elif saved.recipe is None and not any(change.startswith("data") for change in changes):
+        raise UserError(f"{saved.folder} does not tell on which data", "add --data SOURCE (`limbeck data` lists the embedded sets)")
+    recipe = schema.resolve(raw, "the run's recipe", changes)
+    if recipe.data.source.startswith("object:"):
+        raise UserError("the run's data was a Python object, which no file keeps", "add --data SOURCE, for example --data csv:my.csv, or measure it in Python")
+    return recipe, open_recipe_data(recipe.data)
+
+
+def _session(saved: Saved, recipe: schema.Recipe, data: Data) -> Session:
+    from limbeck.knowledge.models import check_input
+    from limbeck.knowledge.surroundings import surroundings
+
+    session = surroundings(recipe)
+    saved.network.to(session.device)
+    check_input(saved.network, data, session, "student")
+    return session
+
+
+def measure(saved: Saved, source: str | None = None, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure a student on the test split, as its run did.
+
+    Returns:
+        `metrics` and `cost` of the student, `data`, `recorded` (the metrics in the run's summary; None where there are none),
+        `same_data` (whether these were measured on the very same samples; None when that is unknown).
+
+    Raises:
+        UserError: the data does not fit the student, or has no labels.
+    """
+    from limbeck.evaluation.cost import cost
+    from limbeck.evaluation.predict import predict
+    from limbeck.knowledge.models import task_of
+
+    recipe, data = data_of(saved, source, changes)
+    if recipe.evaluation.final == "valid" and data.valid is not None:
+        data = replace(data, test=data.valid)
+    session = _session(saved, recipe, data)
+    task = task_of(recipe, data)
+    data = data.to(session.device)
+    logits, labels = predict(saved.network, data.test, recipe.evaluation.batch, session.device)
+    if labels is None:
+        raise UserError(f"the test part of {data.name} has no labels, so nothing can be measured", "give a labelled test split")
+    metrics = task.metrics(logits, labels)
+    summary = saved.summary or {}
+    before = (summary.get("data") or {}).get("fingerprint")
+    return {
+        "path": str(saved.folder),
+        "metrics": metrics,
+        "cost": cost(saved.network, data.example(1).to(session.device).inputs).as_dict(),
+        "data": data.describe(),
+        "recorded": (summary.get("metrics") or {}).get("student"),
+        "same_data": None if before is None else before == data.fingerprint,
+    }
+
+
+# ---- handing on ----
+
+
+def _largest(a: Any, b: Any) -> float:
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def _card(saved: Saved) -> str:
+    from limbeck.report.card import model_card, teacher_text
+
+    if saved.summary is not None and saved.recipe is not None:
+        return model_card(saved.summary, teacher_text(saved.recipe))
+    beside = saved.folder / "README.md"
+    return beside.read_text(encoding="utf-8") if beside.is_file() else f"# {type(saved.network).__name__}, saved by limbeck\n"
+
+
+def _free(folder: Path, saved: Saved) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", "name a folder with --out")
+    if folder.is_dir() and (folder.resolve() == saved.folder.resolve() or (any(folder.iterdir()) and not (folder / ".exported").is_file())):
+        raise UserError(f"the folder {folder} is not empty, and no earlier export", "name an empty or new folder with --out")
+
+
+def hand_on(saved: Saved, form: str, out: Path | None = None, source: str | None = None, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Write a student in another format and check what was written against the student on real test inputs.
+
+    Args:
+        saved: the student.
+        form: "onnx", "safetensors" or "hf" (for models of the transformers library).
+        out: the file (onnx) or folder; by default in `export/` of the run's folder.
+        source, changes: the data to check with, see `data_of`.
+
+    Returns:
+        `path`, `bytes`, `max_abs_difference` of the logits, `samples` that were compared, and what the format adds.
+
+    Raises:
+        UserError: the student cannot be written so, or what was written differs.
+    """
+    import torch
+
+    from limbeck.signals import Reader
+    from limbeck.zoo.export import export_onnx
+    from limbeck.zoo.files import _is_transformers
+
+    if form == "hf" and not _is_transformers(saved.network):
+        raise UserError(f"--format hf is for models of the transformers library, and this student is of the class {type(saved.network).__name__}", "use --format safetensors or onnx")
+    base = (saved.run or saved.folder) / "export"
+    target = out or (base / "student.onnx" if form == "onnx" else base / form)
+    if form == "onnx" and target.is_dir():
+        raise UserError(f"{target} is a folder", "name a file, such as --out student.onnx")
+    if form != "onnx":
+        _free(target, saved)
+    recipe, data = data_of(saved, source, changes)
+    recipe = recipe.model_copy(update={"device": "cpu"})
+    _session(saved, recipe, data)
+    inputs = data.test.batch(torch.arange(min(64, len(data.test)))).inputs
+    if form == "onnx":
+        return {"format": form, **export_onnx(saved.network, inputs, target, real_inputs=inputs)}
+    again = _write_folder(saved, form, target, data)
+    with torch.no_grad():
+        said, expected = (Reader(model.eval(), ("logits",))(inputs).logits for model in (again, saved.network))
+    difference = _largest(said, expected)
+    if difference > 1e-5 * max(1.0, float(expected.abs().max())):
+        raise UserError(f"what was written to {target} differs from the student by {difference:.3g}", "does the model act at random in evaluation mode?")
+    size = sum(file.stat().st_size for file in target.iterdir() if file.is_file())
+    return {"format": form, "path": str(target), "bytes": size, "max_abs_difference": difference, "samples": len(expected)}
+
+
+def _write_folder(saved: Saved, form: str, target: Path, data: Data) -> nn.Module:
+    """Write the folder, with its model card, and open it again as somebody without limbeck would."""
+    from limbeck import storage, zoo
+    from limbeck.zoo.export import export_safetensors
+
+    card = _card(saved)
+    target.mkdir(parents=True, exist_ok=True)
+    storage.write_text(target / ".exported", "by limbeck export; it may be written again\n")
+    if form == "hf":
+        from limbeck.zoo.hub import build_hub
+
+        zoo.save_model(saved.network, target, card=card)
+        return build_hub(str(target.resolve()))
+    made = getattr(saved.network, "limbeck_config", None) or {}
+    export_safetensors(saved.network, target, {**made, "classes": list(data.classes), "input_shape": list(data.input_shape), "labels": data.kind})
+    storage.write_text(target / "README.md", card)
+    again = copy.deepcopy(saved.network)
+    again.load_state_dict(storage.load_tensors(target / "model.safetensors"))
+    return again

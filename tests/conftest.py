@@ -1,0 +1,64 @@
+"""What all tests share: one thread, a cache folder of their own, no experiment trackers."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+os.environ["LIMBECK_NO_TRACKERS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Trained teachers of the tests are kept for the session, away from the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["LIMBECK_CACHE"] = str(folder)
+    return folder
+
+
+TINY = {
+    "name": "tiny",
+    "method": {"id": "kd"},
+    "teacher": {"model": "mlp", "args": {"widths": [32]}, "train": {"steps": 60, "lr": 0.01, "data": {"labelled": None}}},
+    "student": {"model": "mlp", "args": {"widths": [8]}},
+    "data": {"source": "digits", "train": 300, "labelled": 60},
+    "training": {"steps": 40, "batch": 32, "lr": 0.01},
+    "threads": 1,
+    "device": "cpu",
+    "trackers": [],
+}
+"""A recipe of seconds; tests copy and change it."""
+
+
+@pytest.fixture
+def tiny():
+    """A fresh copy of the tiny recipe."""
+    import copy
+
+    return copy.deepcopy(TINY)
+
+
+@pytest.fixture
+def tiny_file(tiny, tmp_path):
+    """The tiny recipe as a file."""
+    import yaml
+
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny))
+    return path
+
+
+@pytest.fixture
+def limbeck():
+    """Type a command as a user does: `limbeck("run", "digits")` -> completed process with text output."""
+
+    def type_command(*words, cwd=None, timeout=120, **env):
+        return subprocess.run(
+            [sys.executable, "-m", "limbeck", *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=timeout, env={**os.environ, **env}
+        )
+
+    return type_command
