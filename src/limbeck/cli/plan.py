@@ -51,12 +51,10 @@ def _print(found: Any, keep: int, folder: str) -> None:
         models.add_row(role, human(row["params"]), human(row["flops"], "FLOP"), human(row["bytes"], "B"))
     console.print(models)
     print()
-    phases = _table("phase", "steps", "batch", "a step", "time", "weights", "gradients", "optimiser", "activations")
+    phases = _table("phase", "steps", "batch", "a step", "time", "memory", "a checkpoint")
     for phase in found.phases:
-        if phase.kept:
-            phases.add_row(phase.name, str(phase.steps), str(phase.batch), "kept", "0 s", *[""] * 4)
-            continue
-        phases.add_row(phase.name, str(phase.steps), str(phase.batch), milliseconds(phase.step_ms), duration(phase.seconds), *(human(n, "B") for n in phase.memory.values()))
+        measured = (milliseconds(phase.step_ms), duration(phase.seconds), human(sum(phase.memory.values()), "B"), human(phase.checkpoint, "B"))
+        phases.add_row(phase.name, str(phase.steps), str(phase.batch), *(("kept", "0 s", "", "") if phase.kept else measured))
     console.print(phases)
     print(f"\ntime:    about {duration(found.seconds)} of training, from a few dry steps; measurements and the report come on top")
     for phase in found.phases:
@@ -64,10 +62,12 @@ def _print(found: Any, keep: int, folder: str) -> None:
             print(f"         {phase.name}: trained already, kept in {phase.kept}")
         elif phase.name.startswith("teacher"):
             print(f"         {phase.name}: not in the cache yet, would be trained once and kept ({duration(phase.seconds)})")
-    print(f"memory:  {human(found.memory, 'B')} for models and one step at the most, beside the data and torch itself")
+    largest = max((phase for phase in found.phases), key=lambda phase: sum(phase.memory.values()))
+    uses = " + ".join(f"{use} {human(size, 'B')}" for use, size in largest.memory.items())
+    print(f"memory:  {human(found.memory, 'B')} at the most, in the phase {largest.name}: {uses}; data and torch itself come on top")
     if found.store:
         _print_store(found.store)
-    print(f"disk:    {human(found.as_dict()['disk'], 'B')} in {folder}/ (the last {keep} checkpoints of each phase stay)")
+    print(f"disk:    {human(found.as_dict()['disk'], 'B')} would be written, to {folder}/ where no other place is named (the last {keep} checkpoints of each phase stay)")
     for name, size in found.files.items():
         print(f"         {name}" + (f"  {human(size, 'B')}" if size else ""))
     _print_pairs(found)

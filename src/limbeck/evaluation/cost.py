@@ -96,15 +96,23 @@ def count_flops(model: nn.Module, inputs: Any) -> int:
 
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient; afterwards every submodule is back in the mode that it had."""
+    """Evaluation mode without gradient; afterwards every submodule is back in the mode that it had.
+
+    Parameters do not ask for gradients meanwhile: torch's FLOP counter stumbles over an output that is a view of one that does.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    asking = [p for p in model.parameters() if p.requires_grad]
     model.eval()
+    for parameter in asking:
+        parameter.requires_grad_(False)
     try:
         with torch.no_grad():
             yield
     finally:
         for module, training in modes:
             module.training = training
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 def _peak_memory(model: nn.Module, inputs: Any, device: torch.device) -> tuple[int, str]:

@@ -65,7 +65,7 @@ class Forecast:
     Attributes:
         models: `params`, `flops`, `bytes` by role.
         phases: the trainings in order.
-        store: bytes of the teacher's stored outputs by form, and the bound of the gain in speed; empty without a teacher network.
+        store: bytes of the teacher's stored outputs by form, and the bound of the gain in speed; empty where nothing can be stored.
         files: what a run writes, with the bytes where they are known.
         pairs: the proposed teacher-student pairs.
         reads: the signals that the method reads from the student and from the teacher.
@@ -157,7 +157,8 @@ def plan(recipe: schema.Recipe, session: Session) -> Forecast:
         phases.append(bench.phase("ceiling", Alone(), copy.deepcopy(start), Teacher(), bench.data.with_all_labels(), plain, total)[0])
 
     wants = program.method.wants()
-    store = _store(networks, wants[1], data, sizes, session) if networks else {}
+    frozen = (recipe.teacher.kind if recipe.teacher.kind != "auto" else program.method.teacher_kind) in ("frozen", "stored")
+    store = _store(networks, wants[1], data, sizes, session) if networks and frozen and not recipe.data.augment else {}
     return Forecast(
         method=program.method.card.id,
         device=str(session.device),
