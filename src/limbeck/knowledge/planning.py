@@ -13,6 +13,7 @@ from torch import nn
 
 from limbeck import recipe as schema
 from limbeck.data import Batches, Data
+from limbeck.engine.checkpoint import pack
 from limbeck.engine.clock import Clock
 from limbeck.engine.loop import Loop, Plan
 from limbeck.engine.session import Session, seed_everything
@@ -32,6 +33,9 @@ DRY_SECONDS = 0.5
 
 KEPT_TOP = 8
 """Logits a sample in the top-k form whose size is told."""
+
+RANDOM = 25_000
+"""Bytes of the generators' states in a checkpoint, about."""
 
 
 @dataclass
@@ -231,7 +235,9 @@ class _Bench:
         state = sum(t.numel() * t.element_size() for o in program.optimizers().values() for s in o.state.values() for t in s.values() if isinstance(t, torch.Tensor))
         weights = {id(m): stored_bytes(m) for m in (*modules.values(), *teacher.networks().values())}
         memory = {"weights": sum(weights.values()), "gradients": learned, "optimiser": state, "activations": held}
-        checkpoint = sum(stored_bytes(m) for m in modules.values()) + state
+        memories: dict[str, torch.Tensor] = {}
+        pack(program.memory(), memories)
+        checkpoint = sum(stored_bytes(m) for m in modules.values()) + state + sum(t.nbytes for t in memories.values()) + RANDOM
         return Phase(name, steps, size, step * 1e3, step * steps, None, memory, checkpoint), program
 
     def _run(self, program: KnowledgeProgram, training: Any, count: int) -> None:
