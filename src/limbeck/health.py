@@ -66,13 +66,25 @@ def versions() -> list[Check]:
     """limbeck, Python, and the essential packages, each imported once."""
     found = [Check("versions", "limbeck", "ok", __version__)]
     old = sys.version_info < (3, 11)
-    found.append(Check("versions", "python", "broken" if old else "ok", platform.python_version(), "limbeck needs Python 3.11 or newer" if old else ""))
+    found.append(
+        Check(
+            "versions", "python", "broken" if old else "ok", platform.python_version(), "limbeck needs Python 3.11 or newer" if old else ""
+        )
+    )
     for package in ESSENTIAL:
         try:
             module = importlib.import_module(package)
             found.append(Check("versions", package, "ok", _version(package) or str(getattr(module, "__version__", "?"))))
         except Exception as error:  # a broken installation can fail in any way
-            found.append(Check("versions", package, "broken", f"cannot be imported: {type(error).__name__}: {error}", f"pip install --force-reinstall {package}"))
+            found.append(
+                Check(
+                    "versions",
+                    package,
+                    "broken",
+                    f"cannot be imported: {type(error).__name__}: {error}",
+                    f"pip install --force-reinstall {package}",
+                )
+            )
     return found
 
 
@@ -92,13 +104,28 @@ def devices() -> list[Check]:
             ones = torch.ones(8, 8, device=name)
             well = float((ones @ ones).sum()) == 512.0
         except RuntimeError as error:
-            found.append(Check("devices", name, "broken" if name == "cpu" else "warning", f"fails: {str(error).splitlines()[0]}", "set device=cpu in the recipe"))
+            found.append(
+                Check(
+                    "devices",
+                    name,
+                    "broken" if name == "cpu" else "warning",
+                    f"fails: {str(error).splitlines()[0]}",
+                    "set device=cpu in the recipe",
+                )
+            )
             continue
         if not well:
             found.append(Check("devices", name, "broken", "computes wrongly", "set device=cpu in the recipe"))
         elif name.startswith("cuda"):
             about = torch.cuda.get_device_properties(name)
-            found.append(Check("devices", name, "ok", f"{about.name}, {about.total_memory / 1e9:.0f} GB, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"))
+            found.append(
+                Check(
+                    "devices",
+                    name,
+                    "ok",
+                    f"{about.name}, {about.total_memory / 1e9:.0f} GB, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}",
+                )
+            )
         elif name == "mps":
             found.append(Check("devices", name, "ok", "Apple GPU"))
     if not names:
@@ -106,7 +133,14 @@ def devices() -> list[Check]:
     try:
         half = torch.ones(4, 4, dtype=torch.bfloat16)
         right = float((half @ half)[0, 0]) == 4.0
-        found.append(Check("devices", "bf16", "ok" if right else "warning", "precision: bf16 works on the processor" if right else "computes wrongly on the processor"))
+        found.append(
+            Check(
+                "devices",
+                "bf16",
+                "ok" if right else "warning",
+                "precision: bf16 works on the processor" if right else "computes wrongly on the processor",
+            )
+        )
     except RuntimeError as error:
         found.append(Check("devices", "bf16", "warning", f"not on the processor: {str(error).splitlines()[0]}", "leave precision: no"))
     return found
@@ -119,7 +153,9 @@ def extras() -> list[Check]:
         have = {package: _version(package) for package in packages}
         lacking = [package for package, version in have.items() if version is None]
         if lacking:
-            found.append(Check("extras", name, "missing", f"{gives}; not installed: {', '.join(lacking)}", f"pip install 'limbeck[{name}]'"))
+            found.append(
+                Check("extras", name, "missing", f"{gives}; not installed: {', '.join(lacking)}", f"pip install 'limbeck[{name}]'")
+            )
         else:
             found.append(Check("extras", name, "ok", f"{gives}; {', '.join(f'{package} {version}' for package, version in have.items())}"))
     return found
@@ -156,7 +192,15 @@ def storage() -> list[Check]:
     for name, where in (("free disk here", here), ("free disk for the cache", place)):
         free = shutil.disk_usage(where).free
         little = free < LITTLE
-        found.append(Check("storage", name, "warning" if little else "ok", f"{free / 1e9:.1f} GB", "make room; checkpoints and caches need it" if little else ""))
+        found.append(
+            Check(
+                "storage",
+                name,
+                "warning" if little else "ok",
+                f"{free / 1e9:.1f} GB",
+                "make room; checkpoints and caches need it" if little else "",
+            )
+        )
     return found
 
 

@@ -56,7 +56,8 @@ class Data(Strict):
     `source`: an embedded set (`limbeck data`), `hf:<id or folder>`, `folder:<images>`, `csv:<file>`, `parquet:<file>`, `idx:<folder>`.
     `train`, `valid`, `test`: how many samples (or which share) each split gets; `valid` is taken out of the training part.
     `labelled`: how many training samples keep their label (balanced over the classes); the rest stay, without label.
-    `seed`: chooses splits and labelled samples. `augment`: e.g. `[shift:1, noise:0.05]`. `args`: whatever else the source takes.
+    `seed`: chooses splits and labelled samples. `augment`: e.g. `[shift:1, noise:0.05]`. `label_noise`: wrong training labels on purpose,
+    `{share: 0.6, classes: [5, 6]}`. `args`: whatever else the source takes.
     """
 
     source: str = "digits"
@@ -69,6 +70,7 @@ class Data(Strict):
     channels: Literal[1, 3] | None = None
     seed: int = 0
     augment: list[str] = Field(default_factory=list)
+    label_noise: dict[str, Any] | None = None
     args: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")

@@ -53,11 +53,15 @@ def open_saved(path: str | Path, model: str | None = None) -> Saved:
 
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise UserError(f"there is no folder {path}", "give the folder of a run, such as runs/digits-kd-001, or the student/ folder inside it")
+        raise UserError(
+            f"there is no folder {path}", "give the folder of a run, such as runs/digits-kd-001, or the student/ folder inside it"
+        )
     run = path if (path / "recipe.yaml").is_file() else path.parent if (path.parent / "recipe.yaml").is_file() else None
     folder = path / "student" if run == path else path
     if run == path and not folder.is_dir():
-        raise UserError(f"the run in {path} is not finished: it has no student yet", f"`limbeck run ... --out {path} --resume` goes on with it")
+        raise UserError(
+            f"the run in {path} is not finished: it has no student yet", f"`limbeck run ... --out {path} --resume` goes on with it"
+        )
     recipe = summary = None
     if run is not None:
         text = (run / "recipe.yaml").read_text(encoding="utf-8")
@@ -67,11 +71,12 @@ def open_saved(path: str | Path, model: str | None = None) -> Saved:
     made: Any = None
     if model is not None:
         data = (summary or {}).get("data") or {}
-        made = zoo.build(model, input_shape=tuple(data["input_shape"]) if "input_shape" in data else None, classes=len(data["classes"]) if "classes" in data else None)
+        made = zoo.build(model, input_shape=data.get("input_shape"), classes=len(data["classes"]) if "classes" in data else None)
     elif note and not (folder / "limbeck.json").is_file():
         ref = note.get("ref")
         if not isinstance(ref, str) or ref.startswith("python:"):
-            what = f"names the Python factory {ref}, and no code is run because a file names it" if ref else f"holds a {note.get('class')}, which only your code can make"
+            named = f"names the Python factory {ref}, and no code is run because a file names it"
+            what = named if ref else f"holds a {note.get('class')}, which only your code can make"
             raise UserError(f"{folder} {what}", f"add --model {ref or 'python:package.module:factory'}")
     network = zoo.load_model(folder, model=made).eval()
     return Saved(network, folder, run, recipe, summary)
@@ -92,7 +97,9 @@ def data_of(saved: Saved, source: str | None = None, changes: Sequence[str] = ()
 
     for change in changes:
         if not change.startswith(("data", "evaluation", "device", "threads", "task")):
-            raise UserError(f"--set {change} changes nothing here", "only data, evaluation, task, device and threads can be set for a saved student")
+            raise UserError(
+                f"--set {change} changes nothing here", "only data, evaluation, task, device and threads can be set for a saved student"
+            )
     raw: dict[str, Any] = {"student": {"model": "object:saved"}} if saved.recipe is None else saved.recipe.data_as_written()
     if source is not None:
         raw["data"] = {"source": source}
@@ -100,7 +107,7 @@ def data_of(saved: Saved, source: str | None = None, changes: Sequence[str] = ()
         raise UserError(f"{saved.folder} does not tell on which data", "add --data SOURCE (`limbeck data` lists the embedded sets)")
     recipe = schema.resolve(raw, "the run's recipe", changes)
     if recipe.data.source.startswith("object:"):
-        raise UserError("the run's data was a Python object, which no file keeps", "add --data SOURCE, for example --data csv:my.csv, or measure it in Python")
+        raise UserError("the run's data was a Python object, which no file keeps", "add --data SOURCE, for example --data csv:my.csv")
     return recipe, open_recipe_data(recipe.data)
 
 
@@ -195,7 +202,10 @@ def hand_on(saved: Saved, form: str, out: Path | None = None, source: str | None
     from limbeck.zoo.files import _is_transformers
 
     if form == "hf" and not _is_transformers(saved.network):
-        raise UserError(f"--format hf is for models of the transformers library, and this student is of the class {type(saved.network).__name__}", "use --format safetensors or onnx")
+        kind = type(saved.network).__name__
+        raise UserError(
+            f"--format hf is for models of transformers, and this student is of the class {kind}", "use --format safetensors or onnx"
+        )
     base = (saved.run or saved.folder) / "export"
     target = out or (base / "student.onnx" if form == "onnx" else base / form)
     if form == "onnx" and target.is_dir():
@@ -213,7 +223,9 @@ def hand_on(saved: Saved, form: str, out: Path | None = None, source: str | None
         said, expected = (Reader(model.eval(), ("logits",))(inputs).logits for model in (again, saved.network))
     difference = _largest(said, expected)
     if difference > 1e-5 * max(1.0, float(expected.abs().max())):
-        raise UserError(f"what was written to {target} differs from the student by {difference:.3g}", "does the model act at random in evaluation mode?")
+        raise UserError(
+            f"what was written to {target} differs from the student by {difference:.3g}", "does the model act at random in evaluation mode?"
+        )
     size = sum(file.stat().st_size for file in target.iterdir() if file.is_file())
     return {"format": form, "path": str(target), "bytes": size, "max_abs_difference": difference, "samples": len(expected)}
 
@@ -232,7 +244,8 @@ def _write_folder(saved: Saved, form: str, target: Path, data: Data) -> nn.Modul
         zoo.save_model(saved.network, target, card=card)
         return build_hub(str(target.resolve()))
     made = getattr(saved.network, "limbeck_config", None) or {}
-    export_safetensors(saved.network, target, {**made, "classes": list(data.classes), "input_shape": list(data.input_shape), "labels": data.kind})
+    config = {**made, "classes": list(data.classes), "input_shape": list(data.input_shape), "labels": data.kind}
+    export_safetensors(saved.network, target, config)
     storage.write_text(target / "README.md", card)
     again = copy.deepcopy(saved.network)
     again.load_state_dict(storage.load_tensors(target / "model.safetensors"))

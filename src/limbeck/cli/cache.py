@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -12,10 +12,19 @@ import typer
 def cache(
     recipe: Annotated[str, typer.Argument(help="An embedded recipe's name (`limbeck recipes`) or a YAML file.")],
     out: Annotated[Path, typer.Option(help="The folder to write: a new or empty one, or one that this command began.")],
-    set: Annotated[Optional[list[str]], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the recipe. May be repeated.")] = None,
-    form: Annotated[str, typer.Option(help="float16 (half the bytes), float32 (every bit), or topk (the K largest logits and the mass of the rest).")] = "float16",
-    top_k: Annotated[Optional[int], typer.Option(help="How many logits the form topk keeps.")] = None,
-    signals: Annotated[Optional[str], typer.Option(help="What to store, with commas: logits, embedding, stages, or module paths. By default what the recipe's method reads.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the recipe. May be repeated.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option(help="float16 (half the bytes), float32 (every bit), or topk (the K largest logits and the mass of the rest).")
+    ] = "float16",
+    top_k: Annotated[int | None, typer.Option(help="How many logits the form topk keeps.")] = None,
+    signals: Annotated[
+        str | None,
+        typer.Option(
+            help="What to store, with commas: logits, embedding, stages, or module paths. By default what the recipe's method reads."
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")] = False,
 ) -> None:
     """Store a teacher's outputs once, to train from them many times without running it.
@@ -64,5 +73,6 @@ def cache(
     finally:
         for callback in callbacks:
             callback.close()
-    print(f"{'already complete: ' if done.found else ''}{done.samples} samples, {done.bytes_per_sample} bytes a sample, {human(done.bytes, 'B')} in {done.folder}")
+    mark = "already complete: " if done.found else ""
+    print(f"{mark}{done.samples} samples, {done.bytes_per_sample} bytes a sample, {human(done.bytes, 'B')} in {done.folder}")
     print(f"train from it: limbeck run {shlex.quote(recipe)}{given} --set teacher.store={shlex.quote(str(done.folder))}")

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 
 def evaluate(
     path: Annotated[Path, typer.Argument(help="A run's folder, or the folder of a saved student.")],
-    data: Annotated[Optional[str], typer.Option(help="Other data than the run's, for example csv:new.csv.")] = None,
-    set: Annotated[Optional[list[str]], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the run's data, e.g. --set data.size=8. May be repeated.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="The network that takes the weights, when your own code makes it: python:package.module:factory.")] = None,
+    data: Annotated[str | None, typer.Option(help="Other data than the run's, for example csv:new.csv.")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", metavar="KEY=VALUE", help="Change one value of the run's data, e.g. --set data.size=8. May be repeated."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The network that takes the weights, when your own code makes it: python:package.module:factory.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="A JSON object for programs.")] = False,
 ) -> None:
     """Measure a saved student again: its metrics on the test split, and what it costs.
@@ -21,7 +28,7 @@ def evaluate(
     The data are those of the run that made it, unless others are named. Where the run recorded its figures, they stand beside the
     new ones: on the same data and machine they must be equal.
 
-    Examples: limbeck evaluate runs/digits-kd-001 | limbeck evaluate runs/digits-kd-001 --data csv:new.csv | limbeck evaluate student/ --data digits --json
+    Examples: limbeck evaluate runs/digits-kd-001 | limbeck evaluate runs/digits-kd-001 --data csv:new.csv --json
     """
     from limbeck.saved import measure, open_saved
 
@@ -48,10 +55,8 @@ def _print(found: dict[str, Any]) -> None:
         beside = (figure(name, before), ABSENT if before is None else f"{value - before:+.2g}") if recorded else ()
         table.add_row(name.replace("_", " "), figure(name, value), *beside)
     Console().print(table)
-    print(
-        f"{human(cost['params'])} parameters, {human(cost['flops'], 'FLOP')}, {milliseconds(cost['latency_ms'])} for one sample on {cost['device']}, "
-        f"{human(cost['bytes'], 'B')} on disk"
-    )
+    work = f"{human(cost['flops'], 'FLOP')}, {milliseconds(cost['latency_ms'])} for one sample on {cost['device']}"
+    print(f"{human(cost['params'])} parameters, {work}, {human(cost['bytes'], 'B')} on disk")
     print(f"measured on {found['data']['test']} test samples of {found['data']['name']}")
     if recorded:
         worst = max((abs(value - recorded[name]) for name, value in found["metrics"].items() if name in recorded), default=0.0)

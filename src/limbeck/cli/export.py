@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -13,11 +13,20 @@ FORMATS = ("onnx", "safetensors", "hf")
 
 def export(
     path: Annotated[Path, typer.Argument(help="A run's folder, or the folder of a saved student.")],
-    format: Annotated[str, typer.Option("--format", "-f", help="onnx, safetensors (weights, config.json and a model card), or hf (a folder that transformers opens).")],
-    out: Annotated[Optional[Path], typer.Option(help="The file (onnx) or folder to write; by default in export/ of the run's folder.")] = None,
-    data: Annotated[Optional[str], typer.Option(help="Other data than the run's for the check.")] = None,
-    set: Annotated[Optional[list[str]], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the run's data. May be repeated.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="The network that takes the weights, when your own code makes it: python:package.module:factory.")] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format", "-f", help="onnx, safetensors (weights, config.json and a model card), or hf (a folder that transformers opens)."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The file (onnx) or folder to write; by default in export/ of the run's folder.")] = None,
+    data: Annotated[str | None, typer.Option(help="Other data than the run's for the check.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the run's data. May be repeated.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The network that takes the weights, when your own code makes it: python:package.module:factory.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="A JSON object for programs.")] = False,
 ) -> None:
     """Write a saved student for use elsewhere, and check what was written on real test inputs.

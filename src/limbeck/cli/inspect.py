@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 
 def inspect(
-    model: Annotated[Optional[str], typer.Argument(help="A recipe (name or YAML file), an embedded network, hf:<folder or id>, timm:<name>, python:package.module:factory, or a folder.")] = None,
-    other: Annotated[Optional[str], typer.Argument(help="A second model, the student: pairs are proposed.")] = None,
-    data: Annotated[Optional[str], typer.Option(help="Take the inputs of this data (`limbeck data`).")] = None,
-    input_shape: Annotated[Optional[str], typer.Option("--input-shape", metavar="N,N,...", help="Or give the shape of one sample, e.g. 1,8,8.")] = None,
-    args: Annotated[Optional[list[str]], typer.Option("--args", metavar="KEY=VALUE", help="An argument of MODEL, e.g. --args width=16. May be repeated.")] = None,
-    other_args: Annotated[Optional[list[str]], typer.Option("--other-args", metavar="KEY=VALUE", help="An argument of OTHER.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A recipe, an embedded network, hf:<folder or id>, timm:<name>, python:package.module:factory, or a folder."),
+    ] = None,
+    other: Annotated[str | None, typer.Argument(help="A second model, the student: pairs are proposed.")] = None,
+    data: Annotated[str | None, typer.Option(help="Take the inputs of this data (`limbeck data`).")] = None,
+    input_shape: Annotated[
+        str | None, typer.Option("--input-shape", metavar="N,N,...", help="Or give the shape of one sample, e.g. 1,8,8.")
+    ] = None,
+    args: Annotated[
+        list[str] | None, typer.Option("--args", metavar="KEY=VALUE", help="An argument of MODEL, e.g. --args width=16. May be repeated.")
+    ] = None,
+    other_args: Annotated[list[str] | None, typer.Option("--other-args", metavar="KEY=VALUE", help="An argument of OTHER.")] = None,
     list_networks: Annotated[bool, typer.Option("--list", help="List the embedded networks and their arguments.")] = False,
     json: Annotated[bool, typer.Option("--json", help="A JSON object for programs.")] = False,
 ) -> None:
@@ -31,7 +38,9 @@ def inspect(
         _list(json)
         return
     if model is None:
-        raise UserError("no model is named", "for example limbeck inspect cnn --data digits; `limbeck inspect --list` lists the embedded networks")
+        raise UserError(
+            "no model is named", "for example limbeck inspect cnn --data digits; `limbeck inspect --list` lists the embedded networks"
+        )
     shape = None
     if input_shape is not None:
         if data is not None:
@@ -96,10 +105,16 @@ def _print(model: dict[str, Any]) -> None:
     for title in ("path", "class", "in", "out", "parameters"):
         table.add_column(title, justify="right" if title == "parameters" else "left", overflow="fold")
     for row in model["modules"]:
-        table.add_row(row["path"], row["kind"], " ".join(map(_shape, row["inputs"])), " ".join(map(_shape, row["outputs"])), human(row["parameters"]))
+        table.add_row(
+            row["path"], row["kind"], " ".join(map(_shape, row["inputs"])), " ".join(map(_shape, row["outputs"])), human(row["parameters"])
+        )
     Console().print(table)
     print("stages:    " + (", ".join(f"{stage['path']} ({_shape(stage['shape'])})" for stage in model["stages"]) or "none found"))
-    print(f"embedding: {_shape(model['embedding_shape'])}, the input of the head ({model['head']})" if model["head"] else "embedding: no head module was found")
+    print(
+        f"embedding: {_shape(model['embedding_shape'])}, the input of the head ({model['head']})"
+        if model["head"]
+        else "embedding: no head module was found"
+    )
     print("attention: " + (", ".join(model["attention"]) or "none found"))
     print()
 
@@ -108,4 +123,6 @@ def _print_pairs(name: str, pairs: list[Any]) -> None:
     print(f"proposed pairs ({name} -> student):" if pairs else f"no pairs suggest themselves for {name}")
     for pair in pairs:
         bridge = "a bridge is needed" if pair.bridge else "same shape"
-        print(f"  {pair.signal:<9}  {pair.teacher} ({_shape(pair.teacher_shape)}) -> {pair.student} ({_shape(pair.student_shape)}): {bridge}")
+        print(
+            f"  {pair.signal:<9}  {pair.teacher} ({_shape(pair.teacher_shape)}) -> {pair.student} ({_shape(pair.student_shape)}): {bridge}"
+        )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="An embedded recipe's name (`limbeck recipes`) or a YAML file.")],
-    set: Annotated[Optional[list[str]], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the recipe. May be repeated.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the recipe. May be repeated.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="A JSON object for programs.")] = False,
 ) -> None:
     """Tell what a recipe will cost before it runs: parameters, memory, time, disk, and which features pair up.
@@ -45,7 +47,8 @@ def _print(found: Any, keep: int, folder: str) -> None:
     from limbeck.report.tables import duration, human, milliseconds
 
     console, data = Console(), found.data
-    print(f"{found.method} on {data['name']}: {data['train']} training samples ({data['labelled']} with a label), {data['test']} test samples, {found.device}\n")
+    samples = f"{data['train']} training samples ({data['labelled']} with a label), {data['test']} test samples"
+    print(f"{found.method} on {data['name']}: {samples}, {found.device}\n")
     models = _table("model", "parameters", "FLOPs a sample", "size on disk")
     for role, row in found.models.items():
         models.add_row(role, human(row["params"]), human(row["flops"], "FLOP"), human(row["bytes"], "B"))
@@ -53,7 +56,12 @@ def _print(found: Any, keep: int, folder: str) -> None:
     print()
     phases = _table("phase", "steps", "batch", "a step", "time", "memory", "a checkpoint")
     for phase in found.phases:
-        measured = (milliseconds(phase.step_ms), duration(phase.seconds), human(sum(phase.memory.values()), "B"), human(phase.checkpoint, "B"))
+        measured = (
+            milliseconds(phase.step_ms),
+            duration(phase.seconds),
+            human(sum(phase.memory.values()), "B"),
+            human(phase.checkpoint, "B"),
+        )
         phases.add_row(phase.name, str(phase.steps), str(phase.batch), *(("kept", "0 s", "", "") if phase.kept else measured))
     console.print(phases)
     print(f"\ntime:    about {duration(found.seconds)} of training, from a few dry steps; measurements and the report come on top")
@@ -67,7 +75,8 @@ def _print(found: Any, keep: int, folder: str) -> None:
     print(f"memory:  {human(found.memory, 'B')} at the most, in the phase {largest.name}: {uses}; data and torch itself come on top")
     if found.store:
         _print_store(found.store)
-    print(f"disk:    {human(found.as_dict()['disk'], 'B')} would be written, to {folder}/ where no other place is named (the last {keep} checkpoints of each phase stay)")
+    place = f"to {folder}/ where no other place is named (the last {keep} checkpoints of each phase stay)"
+    print(f"disk:    {human(found.as_dict()['disk'], 'B')} would be written, {place}")
     for name, size in found.files.items():
         print(f"         {name}" + (f"  {human(size, 'B')}" if size else ""))
     _print_pairs(found)
@@ -84,10 +93,15 @@ def _print_store(store: dict[str, Any]) -> None:
 
 def _print_pairs(found: Any) -> None:
     used = {name.split("[")[0] for names in found.reads.values() for name in names}
-    print(f"pairs:   {found.method} reads {', '.join(found.reads['teacher']) or 'nothing'} of the teacher and {', '.join(found.reads['student'])} of the student")
+    read = [", ".join(found.reads[role]) or "nothing" for role in ("teacher", "student")]
+    print(f"pairs:   {found.method} reads {read[0]} of the teacher and {read[1]} of the student")
     for pair in found.pairs:
-        bridge = "same shape" if not pair.bridge else "would need a bridge" if pair.signal not in used else "shapes differ; the method bridges them" if found.parts else "shapes differ"
-        shapes = [("x".join(map(str, shape[1:]))) for shape in (pair.teacher_shape, pair.student_shape)]
+        bridge = "shapes differ; the method bridges them" if found.parts else "shapes differ"
+        if not pair.bridge:
+            bridge = "same shape"
+        elif pair.signal not in used:
+            bridge = "would need a bridge"
+        shapes = ["x".join(map(str, shape[1:])) for shape in (pair.teacher_shape, pair.student_shape)]
         print(f"         {pair.signal}: {pair.teacher} ({shapes[0]}) -> {pair.student} ({shapes[1]}): {bridge}")
     if found.parts:
         print(f"         trained with the student and thrown away: {found.parts} parameters")

@@ -79,3 +79,30 @@ def hide(labels: Tensor, keep: int, seed: int) -> Tensor:
         chosen = order[labels[order] == value][:number]
         hidden[chosen] = value
     return hidden
+
+
+def mislabel(labels: Tensor | None, share: float, classes: list[int] | None, total: int, seed: int) -> Tensor:
+    """Labels of which some are wrong on purpose, for studies of label noise.
+
+    Args:
+        labels: `(N,)` true class numbers.
+        share: of the samples of `classes`, drawn one by one, that get a label drawn evenly from `classes` (which may be the true one).
+        classes: where labels are noisy; None for all.
+        total: the number of classes there are.
+        seed: of the draw.
+
+    Raises:
+        UserError: no single label a sample, a share outside [0, 1], or a class that does not exist.
+    """
+    if labels is None or labels.ndim != 1:
+        raise UserError("label noise needs one label a sample", "leave label_noise out")
+    chosen = list(range(total)) if classes is None else list(classes)
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise UserError(f"the share of label_noise is {share!r}", "give a number between 0 and 1")
+    if not chosen or any(not isinstance(c, int) or not 0 <= c < total for c in chosen):
+        raise UserError(f"label_noise names classes {chosen}", f"give class numbers from 0 to {total - 1}")
+    source = generator(seed, len(labels), 0x40153)
+    among = torch.tensor(chosen)
+    hit = torch.isin(labels, among) & (torch.rand(len(labels), generator=source) < share)
+    drawn = among[torch.randint(len(among), (len(labels),), generator=source)]
+    return torch.where(hit, drawn, labels)

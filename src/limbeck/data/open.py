@@ -1,4 +1,4 @@
-"""From a name, a path or a Python object to `Data`: read, split, scale, check, hide labels, fingerprint."""
+"""From a name, a path or a Python object to `Data`: read, split, scale, check, hide, mislabel labels, fingerprint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from limbeck.data.arguments import check_arguments
 from limbeck.data.batches import own_randomness
-from limbeck.data.choose import amount, hide, stratified
+from limbeck.data.choose import amount, hide, mislabel, stratified
 from limbeck.data.data import Data
 from limbeck.data.embedded import EMBEDDED
 from limbeck.data.source import Source, check_classes, check_split
@@ -119,6 +119,7 @@ def open_data(
     size: int | None = None,
     channels: int | None = None,
     kind: str | None = None,
+    label_noise: dict[str, Any] | None = None,
     **args: Any,
 ) -> Data:
     """Open data by name, by path or from Python objects.
@@ -135,6 +136,8 @@ def open_data(
         label: name of the label column or key.
         size, channels: pictures are scaled to `size` x `size` and turned into 1 or 3 channels.
         kind: "multiclass", "multilabel" or "binary"; None tells by the labels (`(N,)` whole numbers are multiclass).
+        label_noise: `{share: 0.6, classes: [5, 6]}` gives this share of the training samples of these classes (all when left out) a label
+            drawn from them; valid and test stay clean.
         args: what the source itself takes, such as `classes=94` of glyphs.
 
     Raises:
@@ -147,11 +150,17 @@ def open_data(
         raise unknown("kind", str(kind), KINDS)
     # Items with randomness of their own must neither move the caller's generators nor change the fingerprint.
     with own_randomness(seed):
-        return _opened(source, args, {"train": train, "test": test, "valid": valid}, labelled, seed, kind)
+        return _opened(source, args, {"train": train, "test": test, "valid": valid}, labelled, seed, kind, label_noise)
 
 
 def _opened(
-    source: Any, args: dict[str, Any], counts: dict[str, int | float | None], labelled: int | None, seed: int, kind: str | None
+    source: Any,
+    args: dict[str, Any],
+    counts: dict[str, int | float | None],
+    labelled: int | None,
+    seed: int,
+    kind: str | None,
+    noise: dict[str, Any] | None = None,
 ) -> Data:
     train, test, valid = counts["train"], counts["test"], counts["valid"]
     name, read = _read(source, args)
@@ -179,6 +188,10 @@ def _opened(
     shape = _shape(training)
     if (other := _shape(testing)) != shape and read.images:
         raise UserError(f"train samples have shape {shape}, but test samples have {other}", "give size= to scale them alike")
+    if noise is not None:
+        if not isinstance(noise, dict) or set(noise) - {"share", "classes"} or "share" not in noise:
+            raise UserError(f"label_noise is {noise!r}", "write {share: 0.6, classes: [5, 6]}")
+        training = training.with_labels(mislabel(training.labels, noise["share"], noise.get("classes"), len(classes), seed))
     mark = fingerprint([_mark(training), _mark(testing), _mark(validating), read.note, kind, labelled, seed if labelled else None])
     true = None
     if labelled is not None:

@@ -27,7 +27,7 @@ SHARDS = 1000
 
 @dataclass
 class Written:
-    """What a finished store is: its folder, samples, the shapes and form of what it holds, bytes on disk, and whether it was there already."""
+    """What a store is: its folder, samples, the shapes and form of what it holds, bytes, and whether it was complete already."""
 
     folder: Path
     samples: int
@@ -44,7 +44,10 @@ def _teacher(recipe: schema.Recipe, networks: Mapping[str, nn.Module], wants: tu
     if len(networks) == 1:
         return FrozenTeacher(next(iter(networks.values())), wants)
     if wants != ("logits",):
-        raise UserError(f"of several teachers only the logits of all together can be stored, not {', '.join(wants)}", "add --signals logits, or name one teacher")
+        raise UserError(
+            f"of several teachers only the logits of all together can be stored, not {', '.join(wants)}",
+            "add --signals logits, or name one teacher",
+        )
     return EnsembleTeacher({name: FrozenTeacher(network) for name, network in networks.items()}, recipe.teacher.weights)
 
 
@@ -56,16 +59,18 @@ def check(recipe: schema.Recipe, wants: Sequence[str]) -> None:
     """
     if recipe.data.augment:
         raise UserError(
-            f"data.augment ({', '.join(recipe.data.augment)}) changes the inputs in every epoch, and a store holds one answer for each sample",
+            f"data.augment ({', '.join(recipe.data.augment)}) changes the inputs in every epoch; a store holds one answer a sample",
             "leave it away: --set data.augment=[]",
         )
     if recipe.teacher.kind in ("online", "ema", "history"):
-        raise UserError(f"a teacher of the kind {recipe.teacher.kind} changes while the student learns", "store a frozen one: --set teacher.kind=frozen")
+        raise UserError(
+            f"a teacher of the kind {recipe.teacher.kind} changes while the student learns", "store a frozen one: --set teacher.kind=frozen"
+        )
     if not wants:
         raise UserError("no signal is named", "for example --signals logits,embedding")
     for name in wants:
         if name in ("attention", "output"):
-            raise UserError(f"{name} cannot be stored", "choose of logits, embedding, stages and module paths (`limbeck inspect RECIPE` lists them)")
+            raise UserError(f"{name} cannot be stored", "choose of logits, embedding, stages and module paths (see `limbeck inspect`)")
 
 
 def wanted(recipe: schema.Recipe) -> tuple[str, ...]:
@@ -162,7 +167,15 @@ def store_teacher(
     return Written(folder, len(data.train), shapes, form, layout.bytes_per_sample, on_disk, found)
 
 
-def _write(writer: StoreWriter, teacher: Teacher, data: Data, size: int, wants: tuple[str, ...], device: torch.device, callbacks: Sequence[Callback]) -> None:
+def _write(
+    writer: StoreWriter,
+    teacher: Teacher,
+    data: Data,
+    size: int,
+    wants: tuple[str, ...],
+    device: torch.device,
+    callbacks: Sequence[Callback],
+) -> None:
     import time
 
     total, began, first = writer.total, time.perf_counter(), writer.next_index

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck import recipe as schema, zoo
+from limbeck import recipe as schema
+from limbeck import zoo
 from limbeck.data import Data, open_data
 from limbeck.errors import UserError
 from limbeck.knowledge import models
@@ -54,7 +55,10 @@ class Look:
 
     def as_dict(self) -> dict[str, Any]:
         """For programs: JSON can hold it."""
-        return {"models": [s.as_dict() for s in self.subjects], "pairs": {name: [p._asdict() for p in found] for name, found in self.pairs.items()}}
+        return {
+            "models": [s.as_dict() for s in self.subjects],
+            "pairs": {name: [p._asdict() for p in found] for name, found in self.pairs.items()},
+        }
 
 
 def is_recipe(reference: str) -> bool:
@@ -70,7 +74,8 @@ def _dry(name: str, network: nn.Module, inputs: Any) -> Subject:
     except Exception as error:  # a network may fail in any way; the message is all that helps
         first = str(error).splitlines()[0][:200] if str(error) else ""
         shape = tuple(inputs.shape[1:]) if isinstance(inputs, torch.Tensor) else "of that data"
-        raise UserError(f"{name} cannot read samples {shape}: {type(error).__name__}: {first}", "give inputs that it was made for: --input-shape or --data") from None
+        hint = "give inputs that it was made for: --input-shape or --data"
+        raise UserError(f"{name} cannot read samples {shape}: {type(error).__name__}: {first}", hint) from None
 
 
 def _build(reference: str, data: Data | None, shape: tuple[int, ...] | None, args: Mapping[str, Any]) -> nn.Module:
@@ -79,11 +84,12 @@ def _build(reference: str, data: Data | None, shape: tuple[int, ...] | None, arg
         known = {"input_shape": data.input_shape, "classes": len(data.classes) or CLASSES}
     elif shape is not None:
         known = {"input_shape": shape}
-    kind, colon, name = reference.partition(":")
+    kind, _, name = reference.partition(":")
     folder = Path(name if kind == "folder" else reference).expanduser()
-    if folder.is_dir() and not colon and (folder / "student").is_dir():
+    is_folder = folder.is_dir() and reference not in zoo.NETWORKS
+    if is_folder and (folder / "student").is_dir():
         reference = str(folder / "student")
-    elif folder.is_dir() or kind == "hf":
+    elif is_folder or kind == "hf":
         known.pop("classes", None)  # it has its own
     elif known:
         known.setdefault("classes", CLASSES)
@@ -133,7 +139,7 @@ def look(
     """
     if is_recipe(reference):
         if other is not None or data is not None or shape is not None or args or other_args:
-            raise UserError("a recipe names its own models and data", f"change it with a copy: `limbeck recipes {reference} > my.yaml`, or inspect one model by name")
+            raise UserError("a recipe names its own models and data", "change a copy of the recipe, or inspect one model by name")
         return _recipe(schema.load(reference))
     opened = None if data is None else open_data(data)
     first = _build(reference, opened, shape, args or {})

@@ -33,9 +33,12 @@ from limbeck.tasks import Classification
 def open_recipe_data(spec: schema.Data, given: Any = None) -> Data:
     """The data set of a recipe (or the object that stands for it)."""
     source = spec.source if given is None else given
-    options = {key: getattr(spec, key) for key in ("train", "valid", "test", "labelled", "label", "size", "channels", "seed")}
+    options = {key: getattr(spec, key) for key in ("train", "valid", "test", "labelled", "label", "size", "channels", "seed", "label_noise")}
     if isinstance(source, Data):
         return source
+    for name in spec.args:
+        if name in options or name in ("kind", "augment"):
+            raise UserError(f"data.args.{name} is a key of data itself", f"write data.{name}")
     return open_data(source, **options, **spec.args)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from limbeck import places
 from limbeck import recipe as schema
 from limbeck.data import Batches, Data
 from limbeck.engine.checkpoint import pack
@@ -130,7 +131,9 @@ def plan(recipe: schema.Recipe, session: Session) -> Forecast:
     sizes = {role: _sizes(network, example) for role, network in (*_roles(networks).items(), ("student", start))}
     phases: list[Phase] = []
     if recipe.teacher.kind != "online":
-        phases += [_schooling(spec, networks[name], recipe, data, session, role) for (name, spec), role in zip(recipe.teacher.models.items(), _roles(networks)) if spec.train]
+        for (name, spec), role in zip(recipe.teacher.models.items(), _roles(networks)):
+            if spec.train:
+                phases.append(_schooling(spec, networks[name], recipe, data, session, role))
     if recipe.student.train:
         phases.append(_schooling(recipe.student, start, recipe, data, session, "start"))
 
@@ -213,7 +216,9 @@ class _Bench:
         self.recipe, self.data, self.task, self.session = recipe, data, task, session
         self.augment = recipe.data.augment if augment is None else augment
 
-    def phase(self, name: str, method: Any, network: nn.Module, teacher: Teacher, data: Data, training: Any, steps: int) -> tuple[Phase, KnowledgeProgram]:
+    def phase(
+        self, name: str, method: Any, network: nn.Module, teacher: Teacher, data: Data, training: Any, steps: int
+    ) -> tuple[Phase, KnowledgeProgram]:
         """Time a few steps of one training, and count what it holds in memory."""
         device = self.session.device
         seed_everything(self.recipe.seed, f"{name} plan")
@@ -231,8 +236,9 @@ class _Bench:
             torch.cuda.synchronize(device)
         step = (time.perf_counter() - began) / count
         modules = program.modules()
-        learned = sum(p.numel() * p.element_size() for o in program.optimizers().values() for g in o.param_groups for p in g["params"])
-        state = sum(t.numel() * t.element_size() for o in program.optimizers().values() for s in o.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+        optimizers = program.optimizers().values()
+        learned = sum(p.nbytes for o in optimizers for group in o.param_groups for p in group["params"])
+        state = sum(t.nbytes for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, torch.Tensor))
         weights = {id(m): stored_bytes(m) for m in (*modules.values(), *teacher.networks().values())}
         memory = {"weights": sum(weights.values()), "gradients": learned, "optimiser": state, "activations": held}
         memories: dict[str, torch.Tensor] = {}
@@ -267,7 +273,9 @@ def _held(program: KnowledgeProgram) -> int:
     return sum(seen.values())
 
 
-def _store(networks: Mapping[str, nn.Module], wants: tuple[str, ...], data: Data, sizes: Mapping[str, Mapping[str, int]], session: Session) -> dict[str, Any]:
+def _store(
+    networks: Mapping[str, nn.Module], wants: tuple[str, ...], data: Data, sizes: Mapping[str, Mapping[str, int]], session: Session
+) -> dict[str, Any]:
     """Bytes of `limbeck cache`, and how much faster a step can become at best: a student's step costs 3 forward passes, a teacher's 1."""
     teacher: Teacher
     if len(networks) == 1:
@@ -287,7 +295,9 @@ def _store(networks: Mapping[str, nn.Module], wants: tuple[str, ...], data: Data
     return found
 
 
-def _files(recipe: schema.Recipe, phases: list[Phase], sizes: Mapping[str, Mapping[str, int]], data: Data, session: Session) -> dict[str, int | None]:
+def _files(
+    recipe: schema.Recipe, phases: list[Phase], sizes: Mapping[str, Mapping[str, int]], data: Data, session: Session
+) -> dict[str, int | None]:
     """What the run's folder and the cache will hold; None where the size is small or unknown."""
     schools = {"start", *(role for role in sizes if role != "student")}
     found: dict[str, int | None] = {"recipe.yaml": None, "log.jsonl": None}
@@ -295,7 +305,8 @@ def _files(recipe: schema.Recipe, phases: list[Phase], sizes: Mapping[str, Mappi
         if phase.name not in schools:
             found[f"checkpoints/{phase.name}/"] = phase.checkpoint * recipe.checkpoints.keep
         elif phase.kept is None:
-            found[f"{models.places.cache_folder() / 'models'}/ ({phase.name})"] = sizes["student" if phase.name == "start" else phase.name]["bytes"]
+            place = f"{places.cache_folder() / 'models'}/ ({phase.name})"
+            found[place] = sizes["student" if phase.name == "start" else phase.name]["bytes"]
     roles = 1 + bool(recipe.baseline) + bool(recipe.ceiling and data.hidden_labels is not None) + any(role != "student" for role in sizes)
     found |= {"student/": sizes["student"]["bytes"], "predictions.safetensors": len(data.test) * (4 * len(data.classes) * roles + 8)}
     return {**found, "summary.json": None, "report.html": None}

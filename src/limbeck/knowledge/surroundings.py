@@ -23,4 +23,6 @@ def surroundings(recipe: schema.Recipe, callbacks: Sequence[Callback] = ()) -> S
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    return Session(device=choose_device(recipe.device), precision=recipe.precision, checkpoints=recipe.checkpoints, callbacks=list(callbacks))
+    return Session(
+        device=choose_device(recipe.device), precision=recipe.precision, checkpoints=recipe.checkpoints, callbacks=list(callbacks)
+    )

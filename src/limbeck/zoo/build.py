@@ -15,6 +15,7 @@ from torch import nn
 from limbeck.data.arguments import check_arguments
 from limbeck.errors import UserError, nearest, unknown
 from limbeck.zoo.cnn import CNN
+from limbeck.zoo.dual_head import DualHeaded
 from limbeck.zoo.efficientnet import EfficientNetLite0
 from limbeck.zoo.linear import Linear
 from limbeck.zoo.mixer import Mixer
@@ -30,6 +31,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
     "mixer": Mixer,
     "efficientnet-lite0": EfficientNetLite0,
+    "dual-head": DualHeaded,
 }
 """Embedded networks by name."""
 
