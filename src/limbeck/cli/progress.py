@@ -25,13 +25,14 @@ class Progress(Callback):
         self.live = self.console.is_terminal
         self.every, self._said = every, 0.0
         self.total, self.phase, self.text = 0, "", ""
+        self._shares: dict[str, str] = {}
         self._began, self._first = time.monotonic(), 0
         self._bar: RichProgress | None = None
         self._task: Any = None
 
     def start(self, phase: str, step: int, total: int) -> None:
         """A new bar, from `step` on when a run is resumed."""
-        self.phase, self.total, self.text = phase, total, ""
+        self.phase, self.total, self.text, self._shares = phase, total, "", {}
         self._began, self._first = time.monotonic(), step
         if self.live:
             if self._bar is None:
@@ -62,8 +63,9 @@ class Progress(Callback):
             return
         terms = []
         for name, parts in record["terms"].items():
-            share = f" ({parts['share']:.0%})" if "share" in parts and len(record["terms"]) > 1 else ""
-            terms.append(f"{name} {parts.get('value', float('nan')):.3g}{share}")
+            if "share" in parts:  # measured now and then; the last measurement stays on the line
+                self._shares[name] = f" (|g| {parts['norm']:.2g}, {parts['share']:.0%})"
+            terms.append(f"{name} {parts.get('value', float('nan')):.3g}{self._shares.get(name, '')}")
         self.text = f"{' + '.join(terms)} | {record['rate']:.0f}/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], terms=self.text)

@@ -60,7 +60,7 @@ def print_result(result) -> None:  # noqa: ANN001
     console.print(run_table(result.summary))
     console.print(headline(result.summary), highlight=False, markup=False, soft_wrap=True)
     for name, text in result.summary.get("notes", {}).items():
-        console.print(f"{name}: {text}.", highlight=False, style="dim", soft_wrap=True)
+        console.print(f"{name}: {text}", highlight=False, style="dim", soft_wrap=True)
     for text in (*result.summary["warnings"], *result.summary["alarms"]):
         console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
     print(f"report:  {result.folder / 'report.html'}")

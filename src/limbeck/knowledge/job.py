@@ -25,8 +25,8 @@ from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
 from limbeck.tasks import Classification
 
 CEILING_NOTE = (
-    "the same student and budget, but with the label of every training sample: what the student could reach if nothing were hidden. "
-    "Neither the distilled student nor the student alone saw those labels"
+    "The same student and budget, but with the label of every training sample: what the student could reach if nothing were hidden. "
+    "Neither the distilled student nor the student alone saw those labels."
 )
 
 
@@ -77,11 +77,11 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         phase = "student" if len(stages) == 1 else stage.name or f"stage-{number}"
         seed_everything(recipe.seed, f"{phase} set-up")
         network = copy.deepcopy(student)
-        teacher = models.make_teacher(source, method, _own_copies(source, method, own), network, on_device, session)
         own_data, steps = on_device, None
         if method.labelled_only and data.hidden_labels is not None:
             # the budget is that of methods which see the unlabelled samples too
             own_data, steps = on_device.only_labelled(), _steps(training, on_device, method)
+        teacher = models.make_teacher(source, method, _own_copies(source, method, own), network, own_data, session)
         program = _program(method, network, teacher, own_data, task, training, recipe, session, steps)
         session.fit(program, phase, seed=recipe.seed)
         total += program.total

@@ -208,6 +208,8 @@ def make_teacher(spec: schema.Teacher, method: Distiller, networks: Mapping[str,
         return HistoryTeacher(len(data.train), len(data.classes), session.device)
     if kind == "ema":
         return MovingAverageTeacher(student, spec.decay, wants)
+    if method.teacher_names and kind != "frozen":
+        raise UserError(f"{method.card.id} needs the teachers {' and '.join(method.teacher_names)} themselves, not kind {kind}", "leave teacher.kind and teacher.store out")
     if kind == "stored":
         return stored_teacher(spec, networks, data, wants)
     if not networks:

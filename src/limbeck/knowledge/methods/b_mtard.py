@@ -58,7 +58,8 @@ class BMTARD(Distiller):
         """Attack, read both teachers and the student twice, form the loss with the temperatures before and the weights after this step's balance."""
         natural = models.teacher.members["natural"](batch).logits.float()
         labels = natural.argmax(-1) if batch.labels is None else torch.where(batch.labelled, batch.labels, natural.argmax(-1))
-        moved = batch.replace(inputs=pgd(models.module, batch.inputs, labels, eps=self.eps, step=self.attack_step, steps=self.attack_steps))
+        attacked = pgd(models.module, batch.inputs, labels, eps=self.eps, step=self.attack_step, steps=self.attack_steps)
+        moved = batch.replace(inputs=attacked, index=None)  # no longer the samples that histories and stores know
         robust = models.teacher.members["robust"](moved).logits.float()
         tau = self.state["tau"]
         targets = (robust / tau[0]).softmax(-1), (natural / tau[1]).softmax(-1)
