@@ -30,7 +30,16 @@ def method_table() -> str:
             span = evidence["interval"]
             shown = f"{evidence['difference']:+.3f}" + (f" [{span[0]:+.3f}, {span[1]:+.3f}]" if span else "")
             against = f"{evidence.get('baseline_name', row['baseline'])}, {len(evidence['seeds'])} seeds"
-            cells = [name, paper, against, evidence["metric"], f"{evidence['baseline']:.3f}", f"{evidence['method']:.3f}", shown, evidence["status"]]
+            cells = [
+                name,
+                paper,
+                against,
+                evidence["metric"],
+                f"{evidence['baseline']:.3f}",
+                f"{evidence['method']:.3f}",
+                shown,
+                evidence["status"],
+            ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -58,7 +58,12 @@ def limbeck():
 
     def type_command(*words, cwd=None, timeout=120, **env):
         return subprocess.run(
-            [sys.executable, "-m", "limbeck", *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=timeout, env={**os.environ, **env}
+            [sys.executable, "-m", "limbeck", *map(str, words)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            timeout=timeout,
+            env={**os.environ, **env},
         )
 
     return type_command

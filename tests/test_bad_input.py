@@ -97,7 +97,8 @@ def test_broken_yaml(wrong, text, words):
 def test_tap_path_that_does_not_exist(wrong, tmp_path):
     """A method that asks for a module that is not there hears the nearest paths."""
     (tmp_path / "mine.py").write_text(
-        "from dataclasses import dataclass\nfrom limbeck.method import Card\nfrom limbeck.knowledge.methods.kd import KD\n\n@dataclass\nclass Mine(KD):\n"
+        "from dataclasses import dataclass\nfrom limbeck.method import Card\nfrom limbeck.knowledge.methods.kd import KD\n\n"
+        "@dataclass\nclass Mine(KD):\n"
         "    card = Card(id='mine', title='t', year=2026, wing='knowledge', family='x', claim='c', equation='e')\n"
         "    student_wants = ('logits', 'at:stages.0.linaer')\n"
     )
@@ -151,7 +152,14 @@ def test_pickle_instead_of_safetensors(wrong, tmp_path):
 
 
 def test_diverging_run_names_step_samples_and_checkpoint(wrong, tmp_path):
-    error = wrong("NaN", "at step", "samples", "checkpoint", sets=["training.lr=1e30", "training.optimizer=sgd", "training.warmup=0", "training.schedule=constant"], clean=False)
+    error = wrong(
+        "NaN",
+        "at step",
+        "samples",
+        "checkpoint",
+        sets=["training.lr=1e30", "training.optimizer=sgd", "training.warmup=0", "training.schedule=constant"],
+        clean=False,
+    )
     assert "student" in error or "baseline" in error
 
 

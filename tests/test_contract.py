@@ -1,4 +1,6 @@
-"""Every registered method, a few steps: finite, deterministic, gradient reaches the student, the teacher's bits stay, resume equals no-stop."""
+"""Every registered method, a few steps: finite, deterministic, gradient reaches the student, the teacher's bits stay,
+resume equals no-stop.
+"""
 
 import copy
 
@@ -51,7 +53,9 @@ def test_a_few_steps(id, tiny):
     """The student moves, every term and weight is finite, and a frozen teacher keeps its bits."""
     program = job(id, tiny)()
     before = weights(program)
-    frozen = {name: tensors_fingerprint(n.state_dict()) for name, n in program.teacher.networks().items() if name not in program.teacher.kept()}
+    frozen = {
+        name: tensors_fingerprint(n.state_dict()) for name, n in program.teacher.networks().items() if name not in program.teacher.kept()
+    }
     records = []
 
     class Keep:
@@ -82,7 +86,9 @@ def test_each_student_parameter_is_reached(id, tiny):
     clock.step = program.steps_per_epoch  # past warm-ups that start at zero
     batch = next(iter(program.batches(1, 0)))
     sum(program.losses("student", batch, clock).values()).backward()
-    missing = [name for name, p in program.student.named_parameters() if p.requires_grad and (p.grad is None or not torch.isfinite(p.grad).all())]
+    missing = [
+        name for name, p in program.student.named_parameters() if p.requires_grad and (p.grad is None or not torch.isfinite(p.grad).all())
+    ]
     assert not missing
 
 

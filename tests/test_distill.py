@@ -32,11 +32,18 @@ def test_data_of_every_kind(form, tmp_path):
         datasets = pytest.importorskip("datasets")
         data = datasets.Dataset.from_dict({"x": x.tolist(), "label": y.tolist()})
     else:
-        data = {"tensors": (x, y), "dataset": TensorDataset(x, y), "loader": DataLoader(TensorDataset(x, y), batch_size=16), "parts": {"train": (x[:60], y[:60]), "test": (x[60:], y[60:])}}[form]
+        data = {
+            "tensors": (x, y),
+            "dataset": TensorDataset(x, y),
+            "loader": DataLoader(TensorDataset(x, y), batch_size=16),
+            "parts": {"train": (x[:60], y[:60]), "test": (x[60:], y[60:])},
+        }[form]
     teacher, student = mlp(32), mlp(4)
     before = tensors_fingerprint(teacher.state_dict()), tensors_fingerprint(student.state_dict())
     result = library.distill(teacher=teacher, student=student, data=data, out=tmp_path / "out", **FAST)
-    assert (tensors_fingerprint(teacher.state_dict()), tensors_fingerprint(student.state_dict())) == before, "an object of the user's was changed"
+    assert (tensors_fingerprint(teacher.state_dict()), tensors_fingerprint(student.state_dict())) == before, (
+        "an object of the user's was changed"
+    )
     assert tensors_fingerprint(result.student.state_dict()) != before[1]
     assert (tmp_path / "out/report.html").is_file()
     assert result.summary["metrics"]["student"]["accuracy"] > 0
@@ -138,7 +145,9 @@ def test_multilabel_and_binary(tmp_path):
     labels = torch.stack([x[:, 0] > 0, x[:, 1] > 0, x[:, 2] > 0], 1).float()
     result = library.distill(teacher=mlp(32), student=mlp(4), data=(x, labels), out=tmp_path / "m", **FAST)
     assert "map" in result.summary["metrics"]["student"]
-    result = library.distill(teacher=mlp(32, 1), student=mlp(4, 1), data=(x, (x[:, 0] > 0).long()), task="binary", out=tmp_path / "b", **FAST)
+    result = library.distill(
+        teacher=mlp(32, 1), student=mlp(4, 1), data=(x, (x[:, 0] > 0).long()), task="binary", out=tmp_path / "b", **FAST
+    )
     assert result.summary["metrics"]["student"]["accuracy"] > 0
 
 

@@ -149,7 +149,8 @@ def constant_student(tiny, tmp_path, **more):
     import sys
 
     (tmp_path / "flat.py").write_text(
-        "import torch\nfrom torch import nn\n\nclass Flat(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.bias = nn.Parameter(torch.zeros(10))\n\n"
+        "import torch\nfrom torch import nn\n\nclass Flat(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.bias = nn.Parameter(torch.zeros(10))\n\n"
         "    def forward(self, x):\n        return self.bias.expand(len(x), 10)\n"
     )
     sys.path.insert(0, str(tmp_path))

@@ -12,7 +12,13 @@ WEIGHTS = "student/model.safetensors"
 
 
 def start(folder, recipe, out, *words):
-    return subprocess.Popen([sys.executable, "-m", "limbeck", "run", recipe, "--out", out, "--quiet", *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "limbeck", "run", recipe, "--out", out, "--quiet", *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def to_the_end(folder, recipe, out, *words):
@@ -66,9 +72,13 @@ def test_kill_many_times(place, number):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(place):
-    folder, wanted, _ = place
+    folder, _, _ = place
     process = subprocess.Popen(
-        [sys.executable, "-m", "limbeck", "run", "r.yaml", "--out", "stopped", "--set", "training.steps=100000"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "limbeck", "run", "r.yaml", "--out", "stopped", "--set", "training.steps=100000"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     log = folder / "stopped/log.jsonl"
     for _ in range(600):

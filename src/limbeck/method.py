@@ -132,7 +132,9 @@ class Method:
                 value = TypeAdapter(hints[item.name]).validate_python(value)
             except ValidationError as error:
                 problem = error.errors()[0]["msg"]
-                raise UserError(f"{self.card.id}: {item.name} is {value!r}: {problem}", f"`limbeck show {self.card.id}` explains the settings") from None
+                raise UserError(
+                    f"{self.card.id}: {item.name} is {value!r}: {problem}", f"`limbeck show {self.card.id}` explains the settings"
+                ) from None
             _check_bounds(self.card.id, item.name, value, item.metadata)
             setattr(self, item.name, value)
 

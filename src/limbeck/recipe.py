@@ -1,254 +1,46 @@
-"""What to distil, as data: the schema, reading it from files, changing it from the command line, and errors that help.
+"""Reading recipes: from files, from Python, with changes from the command line, and errors that help.
 
-A recipe is checked completely before torch or any model is imported. Everything that a recipe says is plain data, so the
-resolved recipe in a run's folder is enough to repeat the run.
+The blocks themselves are in `limbeck.schema`. A recipe is checked completely before torch or any model is imported. Everything that a
+recipe says is plain data, so the resolved recipe in a run's folder is enough to repeat the run.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from limbeck.errors import UserError, unknown
+from limbeck.schema import Checkpoints, Data, Evaluation, Method, Model, Recipe, Schooling, Stage, Strict, Teacher, Training
+
+__all__ = [
+    "Checkpoints",
+    "Data",
+    "Evaluation",
+    "Method",
+    "Model",
+    "Recipe",
+    "Schooling",
+    "Stage",
+    "Teacher",
+    "Training",
+    "check_references",
+    "embedded",
+    "load",
+    "override",
+    "parse_yaml",
+    "resolve",
+]
 
 EMBEDDED = Path(__file__).parent / "recipes"
 """The folder of the recipes that come with limbeck."""
-
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Strict(BaseModel):
-    """A block of a recipe: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class Method(Strict):
-    """Which method, and the settings that differ from its defaults. Written `kd` or `{id: kd, temperature: 2}`."""
-
-    id: str = "kd"
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"id": value}
-        if isinstance(value, Mapping):
-            value = dict(value)
-            settings = dict(value.pop("settings", None) or {})
-            id = value.pop("id", "kd")
-            return {"id": id, "settings": {**settings, **value}}
-        return value
-
-
-class Data(Strict):
-    """Where samples come from. Written `digits` or `{source: digits, labelled: 100}`.
-
-    `source`: an embedded set (`limbeck data`), `hf:<id or folder>`, `folder:<images>`, `csv:<file>`, `parquet:<file>`, `idx:<folder>`.
-    `train`, `valid`, `test`: how many samples (or which share) each split gets; `valid` is taken out of the training part.
-    `labelled`: how many training samples keep their label (balanced over the classes); the rest stay, without label.
-    `seed`: chooses splits and labelled samples. `augment`: e.g. `[shift:1, noise:0.05]`. `label_noise`: wrong training labels on purpose,
-    `{share: 0.6, classes: [5, 6]}`. `args`: whatever else the source takes.
-    """
-
-    source: str = "digits"
-    train: int | float | None = None
-    valid: int | float | None = None
-    test: int | float | None = None
-    labelled: Positive | None = None
-    label: str | None = None
-    size: Positive | None = None
-    channels: Literal[1, 3] | None = None
-    seed: int = 0
-    augment: list[str] = Field(default_factory=list)
-    label_noise: dict[str, Any] | None = None
-    args: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
-
-
-class Training(Strict):
-    """How long and how something is trained.
-
-    `epochs` or `steps` (steps win). `lr`, `weight_decay`, `momentum`, `betas` belong to `optimizer`. `schedule` and `warmup` shape the
-    learning rate (shares of the run). `clip`: the greatest gradient norm. `ema`: decay of a moving average of the weights, which is
-    then what is evaluated and kept. `accumulate`: split each batch into so many parts (same result, less memory).
-    `labelled_share`: the share of labelled samples in each batch (default: as they come).
-    """
-
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    steps: Positive | None = None
-    batch: Positive = 64
-    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = True
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    schedule: Literal["constant", "linear", "cosine", "step"] = "cosine"
-    warmup: Share = 0.05
-    milestones: tuple[Share, ...] = (0.5, 0.75)
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    clip: Annotated[float, Field(gt=0)] | None = None
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    accumulate: Positive = 1
-    labelled_share: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    @model_validator(mode="after")
-    def _whole_parts(self) -> Training:
-        if self.batch % self.accumulate:
-            raise ValueError(f"accumulate ({self.accumulate}) must divide batch ({self.batch})")
-        return self
-
-
-class Schooling(Training):
-    """How a model is trained before the distillation begins: a `training` block with its own method and data.
-
-    `method` defaults to `alone` (labels only). `data` changes some keys of the recipe's data for this model (`labelled: null` gives a
-    teacher all labels). The result is kept in the user's cache folder, so that it is trained once.
-    """
-
-    method: Method = Field(default_factory=lambda: Method(id="alone"))
-    data: dict[str, Any] = Field(default_factory=dict)
-    seed: int = 0
-
-
-class Model(Strict):
-    """A network. Written `cnn`, or `{model: cnn, args: {width: 8}}`.
-
-    `model`: an embedded network (`limbeck inspect --list`), `hf:<folder or hub id>`, `timm:<name>`, `python:package.module:factory`, or a folder that
-    limbeck saved. `weights`: a .safetensors file or such a folder. `train`: train it first, on the recipe's data.
-    """
-
-    model: str
-    args: dict[str, Any] = Field(default_factory=dict)
-    weights: str | None = None
-    train: Schooling | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
-
-
-class Teacher(Strict):
-    """Whoever is learned from. Written like a model, or as a list or a mapping of models (several teachers).
-
-    `kind`: "frozen" (one model, or the mean of several), "online" (learns too), "ema" (moving average of the student),
-    "history" (what the student said about each sample an epoch ago), "stored" (outputs written by `limbeck cache`), or "auto": what the
-    method asks for. `weights`: how much each of several teachers counts. `decay`: of the moving average. `store`: the folder of stored outputs.
-    """
-
-    kind: Literal["auto", "frozen", "online", "ema", "history", "stored"] = "auto"
-    models: dict[str, Model] = Field(default_factory=dict)
-    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    store: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"models": {"teacher": value}}
-        if isinstance(value, (list, tuple)):
-            return {"models": {f"teacher{number}": item for number, item in enumerate(value, 1)}}
-        if isinstance(value, Mapping) and "model" in value:
-            own = {key: value[key] for key in ("kind", "decay", "store") if key in value}
-            return {**own, "models": {"teacher": {key: item for key, item in value.items() if key not in own}}}
-        return value
-
-
-class Stage(Strict):
-    """One part of a distillation in several stages; what is left out is taken from the recipe itself."""
-
-    name: str | None = None
-    method: Method | None = None
-    teacher: Teacher | None = None
-    training: dict[str, Any] = Field(default_factory=dict)
-
-
-class Attack(Strict):
-    """A projected-gradient attack under which robustness is measured: radius and step in units of the inputs, and steps."""
-
-    eps: Annotated[float, Field(gt=0)]
-    step: Annotated[float, Field(gt=0)]
-    steps: Positive = 20
-
-
-class Evaluation(Strict):
-    """When and on what the student is measured.
-
-    `every`: epochs between measurements (0: only at the end). `on`: the split. `patience`: stop when so many measurements on `valid`
-    brought nothing better (needs `valid`; the last weights are kept, never the best on test). `attack`: also measure accuracy under attack.
-    `final`: the split of the table at the end; "valid" is for choosing settings without a look at the test split.
-    """
-
-    every: Annotated[float, Field(ge=0)] = 0
-    on: Literal["valid", "test"] = "valid"
-    patience: Positive | None = None
-    batch: Positive = 512
-    attack: Attack | None = None
-    final: Literal["test", "valid"] = "test"
-
-
-class Checkpoints(Strict):
-    """When the state of a run is saved: after so many seconds and, if given, so many steps; the newest `keep` stay."""
-
-    every_seconds: Annotated[float, Field(gt=0)] = 30.0
-    every_steps: Positive | None = None
-    keep: Positive = 2
-
-
-class Recipe(Strict):
-    """Everything that a run needs to know. See docs/recipes.md for the same in prose."""
-
-    name: str = "run"
-    about: str = ""
-    method: Method = Field(default_factory=Method)
-    teacher: Teacher = Field(default_factory=Teacher)
-    student: Model = Field(default_factory=lambda: Model(model="cnn"))
-    data: Data = Field(default_factory=Data)
-    training: Training = Field(default_factory=Training)
-    stages: list[Stage] = Field(default_factory=list)
-    task: Literal["auto", "multiclass", "multilabel", "binary"] = "auto"
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    baseline: bool = True
-    ceiling: bool = False
-    seed: int = 0
-    evaluation: Evaluation = Field(default_factory=Evaluation)
-    checkpoints: Checkpoints = Field(default_factory=Checkpoints)
-    watch: Annotated[int, Field(ge=0)] | None = None
-    stop_on_alarm: bool = False
-    trackers: list[str] | Literal["auto"] = "auto"
-    device: str = "auto"
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    threads: Positive | None = None
-
-    @model_validator(mode="after")
-    def _has_length(self) -> Recipe:
-        if self.training.epochs is None and self.training.steps is None:
-            self.training.epochs = 20.0
-        return self
-
-    def data_as_written(self) -> dict[str, Any]:
-        """The whole recipe as plain data, defaults included."""
-        return self.model_dump(mode="json")
-
-    def to_yaml(self) -> str:
-        """The whole recipe as YAML, defaults included; `limbeck run` takes the file back."""
-        return yaml.safe_dump(self.data_as_written(), sort_keys=False, allow_unicode=True, width=120)
 
 
 class _Loader(yaml.SafeLoader):
@@ -266,8 +58,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_FLOAT = r"""^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$|^[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?$|^[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"""
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", __import__("re").compile(_FLOAT), list("-+0123456789."))
+_FLOAT = re.compile(
+    r"""^(?:[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+  # 1e-3, 2.5E4: YAML 1.1 takes the first for a word
+    |[-+]?[0-9][0-9_]*\.[0-9_]*
+    |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+    |[-+]?\.(?:inf|Inf|INF)
+    |\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -322,10 +121,10 @@ def _explain(error: ValidationError, where: str) -> UserError:
         return UserError(f"{where}: {result.message}", result.hint)
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
-    return UserError(f"{where}: {place}: {problem['msg'].removeprefix('Value error, ')}{shown}", f"mend `{place}` in the recipe, or with --set {place}=...")
-
-
-_TEACHER_KEYS = set(Teacher.model_fields)
+    return UserError(
+        f"{where}: {place}: {problem['msg'].removeprefix('Value error, ')}{shown}",
+        f"mend `{place}` in the recipe, or with --set {place}=...",
+    )
 
 
 def expand(raw: Any) -> Any:
@@ -365,7 +164,9 @@ def override(raw: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
         for depth, key in enumerate(keys[:-1]):
             if isinstance(place, list):
                 if not key.isdigit() or int(key) >= len(place):
-                    raise UserError(f"--set {path}: {'.'.join(keys[:depth])} has no part {key!r}", f"it is a list of {len(place)} parts, counted from 0")
+                    raise UserError(
+                        f"--set {path}: {'.'.join(keys[:depth])} has no part {key!r}", f"it is a list of {len(place)} parts, counted from 0"
+                    )
                 place = place[int(key)]
                 continue
             if place.get(key) is None:
@@ -373,7 +174,9 @@ def override(raw: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
             elif isinstance(place[key], (dict, list)):
                 place[key] = place[key].copy()
             else:
-                raise UserError(f"--set {path}: {'.'.join(keys[: depth + 1])} is {place[key]!r} and has no parts", "set the whole of it instead")
+                raise UserError(
+                    f"--set {path}: {'.'.join(keys[: depth + 1])} is {place[key]!r} and has no parts", "set the whole of it instead"
+                )
             place = place[key]
         if isinstance(place, list):
             if not keys[-1].isdigit() or int(keys[-1]) >= len(place):

@@ -1,7 +1,7 @@
 """The spine; the first file to read: from a recipe to a finished run folder.
 
-    recipe -> folder (locked) -> wing's job (models, phases through the engine's loop, measurements)
-           -> artifact folders, summary.json, report.html
+recipe -> folder (locked) -> wing's job (models, phases through the engine's loop, measurements)
+       -> artifact folders, summary.json, report.html
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck import __version__, recipe as schema, storage
+from limbeck import __version__, storage
+from limbeck import recipe as schema
 from limbeck.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ def _open_folder(folder: Path, recipe: schema.Recipe, resume: bool) -> Any:
             old = schema.resolve(schema.parse_yaml(before.read_text(encoding="utf-8"), str(before)), str(before))
             changed = _differences(binding(old), binding(recipe))
             if changed:
-                raise UserError(f"{folder} was made by another recipe: {'; '.join(changed[:4])}", "resume with the same recipe, or name another folder with --out")
+                raise UserError(
+                    f"{folder} was made by another recipe: {'; '.join(changed[:4])}",
+                    "resume with the same recipe, or name another folder with --out",
+                )
         elif any(item.name != ".lock" for item in folder.iterdir()):
             raise UserError(f"the folder {folder} is not empty and holds no run", "name an empty or new folder with --out")
         storage.write_text(before, recipe.to_yaml())
@@ -183,7 +187,9 @@ def _leave_nothing(folder: Path, existed: bool) -> None:
         folder.rmdir()
 
 
-def _execute(recipe: schema.Recipe, folder: Path, given: Mapping[str, Any], callbacks: Sequence[Callback], command: str, report: bool, started: float) -> Result:
+def _execute(
+    recipe: schema.Recipe, folder: Path, given: Mapping[str, Any], callbacks: Sequence[Callback], command: str, report: bool, started: float
+) -> Result:
     import torch
 
     from limbeck.engine.callbacks import JsonLines, Trackers, available_trackers, read_log
@@ -220,7 +226,10 @@ def _execute(recipe: schema.Recipe, folder: Path, given: Mapping[str, Any], call
         **outcome.summary,
         "seed": recipe.seed,
         "seconds": round(time.perf_counter() - started, 2),
-        "phases": {name: {"steps": fit.steps, "seconds": round(fit.seconds, 2), "stopped_early": fit.stopped_early} for name, fit in session.fits.items()},
+        "phases": {
+            name: {"steps": fit.steps, "seconds": round(fit.seconds, 2), "stopped_early": fit.stopped_early}
+            for name, fit in session.fits.items()
+        },
         "alarms": [f"{name}: {text}" for name, fit in session.fits.items() for text in fit.alarms],
         "warnings": session.notes,
         "device": str(session.device),
@@ -232,8 +241,15 @@ def _execute(recipe: schema.Recipe, folder: Path, given: Mapping[str, Any], call
 
     card = model_card(summary, teacher_text(recipe))
     for name, network in outcome.artifacts.items():
-        save_model(network, folder / name, card=card, extra={"classes": list(outcome.classes), "method": summary["method"], "metrics": summary["metrics"].get("student", {})})
-    storage.save_tensors(folder / "predictions.safetensors", {**{f"logits.{k}": v for k, v in outcome.logits.items()}, "labels": outcome.labels})
+        save_model(
+            network,
+            folder / name,
+            card=card,
+            extra={"classes": list(outcome.classes), "method": summary["method"], "metrics": summary["metrics"].get("student", {})},
+        )
+    storage.save_tensors(
+        folder / "predictions.safetensors", {**{f"logits.{k}": v for k, v in outcome.logits.items()}, "labels": outcome.labels}
+    )
     if report:
         from limbeck.report.page import Report, write_report
 
@@ -246,7 +262,9 @@ def _execute(recipe: schema.Recipe, folder: Path, given: Mapping[str, Any], call
     return Result(outcome.artifacts["student"], summary, folder, outcome.artifacts)
 
 
-def run_recipe(recipe: str | Path | Mapping[str, Any] | schema.Recipe, *changes: str, out: str | Path | None = None, resume: bool = False, **given: Any) -> Result:
+def run_recipe(
+    recipe: str | Path | Mapping[str, Any] | schema.Recipe, *changes: str, out: str | Path | None = None, resume: bool = False, **given: Any
+) -> Result:
     """`limbeck run` from Python.
 
     Args:
@@ -283,10 +301,11 @@ def distill(
     """Distil any teacher into any student on any data: the whole job in one call.
 
     Args:
-        teacher: an `nn.Module` or a Hugging Face model, several of them (list or mapping), a reference such as "hf:folder", or None for methods
-            that need none. It is never changed.
+        teacher: an `nn.Module` or a Hugging Face model, several of them (list or mapping), a reference such as "hf:folder", or None for
+            methods that need none. It is never changed.
         student: an `nn.Module` or a reference. A module is copied; the trained copy is `result.student`.
-        data: `(inputs, labels)` tensors, a torch Dataset or DataLoader, a `datasets.Dataset`, `{"train": ..., "test": ...}` of them, or a reference.
+        data: `(inputs, labels)` tensors, a torch Dataset or DataLoader, a `datasets.Dataset`, `{"train": ..., "test": ...}`
+            of them, or a reference.
         method: an id (`limbeck methods`) or an instance of a `Distiller`.
         epochs, steps, batch, lr, optimizer: shortcuts into the recipe's `training` block.
         seed: of everything random.
@@ -313,7 +332,11 @@ def distill(
             raw[key] = {"source": f"object:{type(value).__name__}"} if key == "data" else {"model": f"object:{type(value).__name__}"}
 
     if teacher is not None:
-        refer("teacher", teacher, isinstance(teacher, (str, dict)) and not (isinstance(teacher, dict) and any(hasattr(v, "forward") for v in teacher.values())))
+        refer(
+            "teacher",
+            teacher,
+            isinstance(teacher, (str, dict)) and not (isinstance(teacher, dict) and any(hasattr(v, "forward") for v in teacher.values())),
+        )
     refer("student", student, isinstance(student, (str, Mapping)))
     refer("data", data, isinstance(data, str) or (isinstance(data, Mapping) and "source" in data))
     if isinstance(method, str):
@@ -322,7 +345,9 @@ def distill(
         given["method"] = method
         raw["method"] = {"id": f"object:{type(method).__name__}"}
     training = dict(raw.get("training") or {})
-    training |= {k: v for k, v in {"epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "optimizer": optimizer}.items() if v is not None}
+    training |= {
+        k: v for k, v in {"epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "optimizer": optimizer}.items() if v is not None
+    }
     raw["training"] = training
     recipe = schema.resolve(raw, "distill()")
     callbacks: list[Any] = []

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck import recipe as schema, storage
+from limbeck import recipe as schema
+from limbeck import storage
 from limbeck.errors import UserError
 from limbeck.evaluation.comparison import Comparison
 
@@ -70,7 +71,13 @@ def compare(
         raise UserError("there is nothing to compare", "name at least one method and one seed")
     if len(set(methods)) < len(methods):
         raise UserError("a method stands twice in the comparison", "name each once, or give one other settings (kd@temperature=1)")
-    base = recipe if isinstance(recipe, schema.Recipe) else schema.resolve(recipe, changes=changes) if isinstance(recipe, Mapping) else schema.load(recipe, changes)
+    base = (
+        recipe
+        if isinstance(recipe, schema.Recipe)
+        else schema.resolve(recipe, changes=changes)
+        if isinstance(recipe, Mapping)
+        else schema.load(recipe, changes)
+    )
     arms: dict[str, schema.Recipe] = {}
     for text in methods:
         id, settings = parse_arm(text)
@@ -191,7 +198,9 @@ def trials_of(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(names, values)) for values in itertools.product(*(grid[name] for name in names))]
 
 
-def tune(arm: schema.Recipe, spec: Mapping[str, Any], trials: Sequence[Mapping[str, Any]], metric: str, higher: bool, work: Path, say: Say) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def tune(
+    arm: schema.Recipe, spec: Mapping[str, Any], trials: Sequence[Mapping[str, Any]], metric: str, higher: bool, work: Path, say: Say
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Choose settings by the mean of the metric on a validation split; the test split is not looked at.
 
     Returns:
@@ -243,7 +252,10 @@ def make_evidence(id: str, *, work: Path | None = None, say: Say = lambda line: 
     if "tune" in case:
         grids = {side: trials_of(case["tune"].get(side, {})) for side in arms}
         if len(grids["method"]) != len(grids["baseline"]):
-            raise UserError(f"the case {id} tries {len(grids['method'])} settings for the method and {len(grids['baseline'])} for the baseline", "give both the same number")
+            raise UserError(
+                f"the case {id} tries {len(grids['method'])} settings for the method and {len(grids['baseline'])} for the baseline",
+                "give both the same number",
+            )
         tuned = {"trials_each": len(grids["method"]), "on": "validation split", "seeds": case["tune"]["seeds"]}
         for side in arms:
             say(f"{id}: choosing settings for {case[side]['name']}")
@@ -259,9 +271,13 @@ def make_evidence(id: str, *, work: Path | None = None, say: Say = lambda line: 
                 if name not in found:
                     raise UserError(f"case {id}: the run gives no figure {name!r}", f"it gives {', '.join(found)}")
                 values[side][name].append(found[name])
-        say(f"{id} seed {seed}: {case['method']['name']} {values['method'][metric][-1]:.4f}, {case['baseline']['name']} {values['baseline'][metric][-1]:.4f}")
+        say(
+            f"{id} seed {seed}: {case['method']['name']} {values['method'][metric][-1]:.4f}, "
+            f"{case['baseline']['name']} {values['baseline'][metric][-1]:.4f}"
+        )
     mechanism = {
-        name: {side: sum(values[side][name]) / len(case["seeds"]) for side in arms} | {"per_seed": {side: values[side][name] for side in arms}}
+        name: {side: sum(values[side][name]) / len(case["seeds"]) for side in arms}
+        | {"per_seed": {side: values[side][name] for side in arms}}
         for name in names[1:]
     }
     source = inspect.getsourcefile(find(id))
@@ -301,5 +317,7 @@ def check_evidence(ids: Iterable[str]) -> dict[str, list[str]]:
             continue
         source = inspect.getsourcefile(find(id))
         assert source is not None
-        problems[id] = evidence.check(found, method_source_sha256=evidence.source_digest(source), case_sha256=evidence.case_digest(load_case(id)))
+        problems[id] = evidence.check(
+            found, method_source_sha256=evidence.source_digest(source), case_sha256=evidence.case_digest(load_case(id))
+        )
     return {id: lines for id, lines in problems.items() if lines}

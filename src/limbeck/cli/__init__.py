@@ -54,7 +54,9 @@ def _other(error: Exception) -> int:
         path = context.command_path if context is not None else "limbeck"
         return _complain(" ".join(str(error.format_message()).split()), f"`{path} --help` explains the command")  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _complain(f"the disk is full: {error.filename or error.strerror}", "make room and run again with --resume; what was finished is kept")
+        return _complain(
+            f"the disk is full: {error.filename or error.strerror}", "make room and run again with --resume; what was finished is kept"
+        )
     if isinstance(error, PermissionError):
         return _complain(f"no permission for {error.filename}", "choose a folder that you may write to")
     return _our_fault(error)

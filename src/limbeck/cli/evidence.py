@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 
 def evidence(
-    methods: Annotated[Optional[list[str]], typer.Argument(help="Methods; all that have a case when left out.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only check that the files are there, sound, and newer than method and case.")] = False,
-    work: Annotated[Optional[Path], typer.Option(help="Keep the single runs here; finished ones are not repeated.")] = None,
+    methods: Annotated[list[str] | None, typer.Argument(help="Methods; all that have a case when left out.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check that the files are there, sound, and newer than method and case.")
+    ] = False,
+    work: Annotated[Path | None, typer.Option(help="Keep the single runs here; finished ones are not repeated.")] = None,
 ) -> None:
-    """Make or check the evidence of methods: each against the baseline that its paper argues against, same budget, same tuning, several seeds.
+    """Make or check the evidence of methods.
+
+    Each runs against the baseline that its paper argues against: same budget, same tuning, several seeds.
 
     Examples: limbeck evidence pld | limbeck evidence --check
     """

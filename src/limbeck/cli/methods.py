@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -31,8 +31,8 @@ def describe(cls: Any) -> dict[str, Any]:
 
 
 def methods(
-    query: Annotated[Optional[str], typer.Argument(help="Words to look for in id, paper, family and claim.")] = None,
-    wing: Annotated[Optional[str], typer.Option(help="Only this wing.")] = None,
+    query: Annotated[str | None, typer.Argument(help="Words to look for in id, paper, family and claim.")] = None,
+    wing: Annotated[str | None, typer.Option(help="Only this wing.")] = None,
     json: Annotated[bool, typer.Option("--json", help="A JSON list for programs.")] = False,
 ) -> None:
     """List the methods: what there is, from which paper, and whether its claim held when we tried.
@@ -47,7 +47,11 @@ def methods(
     rows = [describe(cls) for cls in everything() if wing is None or cls.card.wing == wing]
     if query:
         words = query.lower().split()
-        rows = [row for row in rows if all(word in " ".join(map(str, (row["id"], row["paper"], row["family"], row["claim"]))).lower() for word in words)]
+        rows = [
+            row
+            for row in rows
+            if all(word in " ".join(map(str, (row["id"], row["paper"], row["family"], row["claim"]))).lower() for word in words)
+        ]
     if json:
         print(json_module.dumps(rows, indent=1))
         return
@@ -69,4 +73,5 @@ def evidence_text(evidence: dict[str, Any] | None) -> str:
         return "none yet"
     interval = evidence["interval"]
     span = f" [{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else ""
-    return f"{evidence['status']}: {evidence['metric']} {evidence['difference']:+.4f}{span} vs {evidence.get('baseline_name', 'baseline')}, {len(evidence['seeds'])} seeds"
+    against = f"{evidence.get('baseline_name', 'baseline')}, {len(evidence['seeds'])} seeds"
+    return f"{evidence['status']}: {evidence['metric']} {evidence['difference']:+.4f}{span} vs {against}"

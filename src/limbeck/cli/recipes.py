@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 
-def recipes(name: Annotated[Optional[str], typer.Argument(help="Print this recipe, to copy and change it.")] = None) -> None:
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe, to copy and change it.")] = None) -> None:
     """List the embedded recipes, or print one as YAML.
 
     Examples: limbeck recipes | limbeck recipes digits > my.yaml

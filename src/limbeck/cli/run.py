@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 
 def run(
     recipe: Annotated[str, typer.Argument(help="An embedded recipe's name (`limbeck recipes`) or a YAML file.")],
-    set: Annotated[Optional[list[str]], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value, e.g. --set method.temperature=2. May be repeated.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="The run's folder; by default the next free one under runs/.")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value, e.g. --set method.temperature=2. May be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; by default the next free one under runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")] = False,
 ) -> None:
@@ -49,7 +52,7 @@ def run(
     print_result(result)
 
 
-def print_result(result) -> None:  # noqa: ANN001
+def print_result(result) -> None:
     """The table, what its last row means, warnings, and where everything is."""
     from rich.console import Console
 

@@ -16,13 +16,16 @@ def show(method: Annotated[str, typer.Argument(help="A method's id (`limbeck met
     import textwrap
 
     from limbeck.cli.methods import evidence_text
-    from limbeck.evaluation.evidence import brief, find as find_evidence
+    from limbeck.evaluation.evidence import brief
+    from limbeck.evaluation.evidence import find as find_evidence
     from limbeck.method import find
 
     cls = find(method)
     card = cls.card
     print(f"{card.id}: {card.title} ({card.year})" + (f", arXiv:{card.arxiv}" if card.arxiv else ""))
-    print(f"wing {card.wing}, family {card.family}; details known from: {card.certainty}" + (" (reconstructed)" if card.reconstructed else ""))
+    print(
+        f"wing {card.wing}, family {card.family}; details known from: {card.certainty}" + (" (reconstructed)" if card.reconstructed else "")
+    )
     print()
     print(inspect.cleandoc(cls.__doc__ or ""))
     print()

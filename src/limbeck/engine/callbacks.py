@@ -68,7 +68,9 @@ class Trackers(Callback):
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration
 
-        self.accelerator = Accelerator(log_with=names, project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers")))
+        self.accelerator = Accelerator(
+            log_with=names, project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers"))
+        )
         flat = {key: value for key, value in config.items() if isinstance(value, (int, float, str, bool))}
         self.accelerator.init_trackers("limbeck", config=flat)
 
@@ -111,5 +113,8 @@ def available_trackers(wanted: list[str] | str) -> list[str]:
     have = [str(getattr(t, "value", t)) for t in get_available_trackers()]
     for name in wanted:
         if name not in have:
-            raise UserError(f"the tracker {name!r} is not available here", f"installed: {', '.join(have) or 'none'}; `pip install {name}` or leave it out")
+            raise UserError(
+                f"the tracker {name!r} is not available here",
+                f"installed: {', '.join(have) or 'none'}; `pip install {name}` or leave it out",
+            )
     return list(wanted)

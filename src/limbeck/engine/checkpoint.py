@@ -129,7 +129,9 @@ def read(path: Path) -> Any:
     Raises:
         UserError: it is torn or was altered; the file is named.
     """
-    torn = UserError(f"the checkpoint {path} is torn or was altered", "an older one is used where there is one; otherwise start again in another folder")
+    torn = UserError(
+        f"the checkpoint {path} is torn or was altered", "an older one is used where there is one; otherwise start again in another folder"
+    )
     try:
         head = json.loads((path / "state.json").read_text(encoding="utf-8"))
         body, digest = head["body"], head["tensors_sha256"]

@@ -40,7 +40,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}", "set device=cpu, or see `limbeck doctor`") from None
+        raise UserError(
+            f"the device {name!r} cannot be used: {str(error).splitlines()[0]}", "set device=cpu, or see `limbeck doctor`"
+        ) from None
     return device
 
 

@@ -91,7 +91,8 @@ class Models:
 
     Attributes:
         student: reads a batch through the student: `models.student(batch) -> Signals`, with gradient.
-        teacher: the same for the teacher; without gradient unless the teacher learns. Several teachers: `models.teacher.members[name](batch)`.
+        teacher: the same for the teacher; without gradient unless the teacher learns. Several teachers:
+            `models.teacher.members[name](batch)`.
         module: the student's network itself.
     """
 
@@ -110,7 +111,8 @@ class Distiller(Method):
         teacher_names: the names its several teachers must have, when they play different parts.
         labelled_share: the share of labelled samples in a batch, when the method is made for a fixed mix.
         needs_valid: whether it learns something on a validation split.
-        labelled_only: whether it can use labelled samples only (a baseline); unlabelled ones are then left out, for the same number of steps.
+        labelled_only: whether it can use labelled samples only (a baseline); unlabelled ones are then left out, for the same
+            number of steps.
 
     Attributes:
         parts: modules that are trained with the student and thrown away afterwards (bridges, discriminators); saved in checkpoints.

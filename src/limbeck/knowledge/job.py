@@ -22,6 +22,7 @@ from limbeck.knowledge import models
 from limbeck.knowledge.methods.alone import Alone
 from limbeck.knowledge.program import KnowledgeProgram, steps_of
 from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
+from limbeck.signals.store import model_fingerprint
 from limbeck.tasks import Classification
 
 CEILING_NOTE = (
@@ -62,6 +63,8 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
     task = models.task_of(recipe, data)
     networks = models.teacher_networks(recipe, data, session, given)
     session.digest += data.fingerprint
+    if "teacher" in given:  # an object has no reference that the recipe could bind a checkpoint to; its weights are what binds
+        session.digest += "".join(model_fingerprint(network) for network in networks.values())
     on_device = data.to(session.device)
     start = models.make_student(recipe, data, session, given)
     stages = recipe.stages or [schema.Stage()]
@@ -73,7 +76,9 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         method = copy.deepcopy(method)
         training = schema.Training.model_validate({**recipe.training.model_dump(), **stage.training})
         source = stage.teacher or recipe.teacher
-        own = networks if stage.teacher is None else models.teacher_networks(recipe.model_copy(update={"teacher": source}), data, session, {})
+        own = (
+            networks if stage.teacher is None else models.teacher_networks(recipe.model_copy(update={"teacher": source}), data, session, {})
+        )
         phase = "student" if len(stages) == 1 else stage.name or f"stage-{number}"
         seed_everything(recipe.seed, f"{phase} set-up")
         network = copy.deepcopy(student)
@@ -94,7 +99,9 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
     elif program.teacher.learning():
         found["teacher"] = next(iter(program.teacher.learning().values()))
     elif networks:
-        found["teacher"] = next(iter(networks.values())) if len(networks) == 1 else EnsembleTeacher({k: FrozenTeacher(n) for k, n in networks.items()})
+        found["teacher"] = (
+            next(iter(networks.values())) if len(networks) == 1 else EnsembleTeacher({k: FrozenTeacher(n) for k, n in networks.items()})
+        )
     if recipe.baseline:
         found["baseline"] = _alone("baseline", start, on_device.only_labelled(), task, recipe, session, total)
     found["student"] = student
@@ -119,7 +126,17 @@ def _own_copies(spec: schema.Teacher, method: Any, networks: Mapping[str, nn.Mod
     return {name: copy.deepcopy(network).requires_grad_(True) for name, network in networks.items()}
 
 
-def _program(method: Any, network: nn.Module, teacher: Teacher, data: Data, task: Classification, training: Any, recipe: Any, session: Session, total: int | None = None) -> KnowledgeProgram:
+def _program(
+    method: Any,
+    network: nn.Module,
+    teacher: Teacher,
+    data: Data,
+    task: Classification,
+    training: Any,
+    recipe: Any,
+    session: Session,
+    total: int | None = None,
+) -> KnowledgeProgram:
     return KnowledgeProgram(
         method,
         network,
@@ -163,7 +180,9 @@ def _say(model: nn.Module | Teacher, split: Split, recipe: Any, session: Session
     return torch.cat([logits for logits, _ in said]), None
 
 
-def _measure(found: Mapping[str, nn.Module | Teacher], method: Any, data: Data, task: Classification, recipe: Any, session: Session) -> Outcome:
+def _measure(
+    found: Mapping[str, nn.Module | Teacher], method: Any, data: Data, task: Classification, recipe: Any, session: Session
+) -> Outcome:
     metrics: dict[str, dict[str, float]] = {}
     costs: dict[str, dict[str, Any]] = {}
     logits: dict[str, Tensor] = {}
@@ -201,11 +220,21 @@ def _measure(found: Mapping[str, nn.Module | Teacher], method: Any, data: Data, 
     return Outcome({"student": student}, summary, logits, flat, inputs, data.classes)
 
 
-def _attacked(model: nn.Module, data: Data, task: Classification, metrics: Mapping[str, float], recipe: Any, session: Session) -> dict[str, float]:
+def _attacked(
+    model: nn.Module, data: Data, task: Classification, metrics: Mapping[str, float], recipe: Any, session: Session
+) -> dict[str, float]:
     from limbeck.knowledge.views import robust_accuracy
 
     attack = recipe.evaluation.attack
     robust = robust_accuracy(
-        model, data.test, task, attack.eps, attack.step, attack.steps, batch=recipe.evaluation.batch, device=session.device, seed=recipe.seed
+        model,
+        data.test,
+        task,
+        attack.eps,
+        attack.step,
+        attack.steps,
+        batch=recipe.evaluation.batch,
+        device=session.device,
+        seed=recipe.seed,
     )
     return {"robust_accuracy": robust, "weighted_accuracy": (robust + metrics["accuracy"]) / 2}

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from limbeck import __version__, method as registry, places, recipe as schema, storage, zoo
+from limbeck import __version__, places, storage, zoo
+from limbeck import method as registry
+from limbeck import recipe as schema
 from limbeck.data import Data, open_data
 from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError
@@ -33,7 +35,9 @@ from limbeck.tasks import Classification
 def open_recipe_data(spec: schema.Data, given: Any = None) -> Data:
     """The data set of a recipe (or the object that stands for it)."""
     source = spec.source if given is None else given
-    options = {key: getattr(spec, key) for key in ("train", "valid", "test", "labelled", "label", "size", "channels", "seed", "label_noise")}
+    options = {
+        key: getattr(spec, key) for key in ("train", "valid", "test", "labelled", "label", "size", "channels", "seed", "label_noise")
+    }
     if isinstance(source, Data):
         return source
     for name in spec.args:
@@ -57,7 +61,9 @@ def make_method(spec: schema.Method, given: Any = None) -> Distiller:
     """The method of a recipe, checked to belong to this wing."""
     made = given if given is not None else registry.make(spec.id, spec.settings)
     if not isinstance(made, Distiller):
-        raise UserError(f"{spec.id} belongs to the wing {made.card.wing}, not to knowledge", "`limbeck methods --wing knowledge` lists this wing's")
+        raise UserError(
+            f"{spec.id} belongs to the wing {made.card.wing}, not to knowledge", "`limbeck methods --wing knowledge` lists this wing's"
+        )
     return made
 
 
@@ -77,7 +83,9 @@ def build(spec: schema.Model, data: Data, seed: int, role: str) -> nn.Module:
                 try:
                     network.load_state_dict(tensors)
                 except RuntimeError as error:
-                    raise UserError(f"{path} does not fit {spec.model}: {str(error).splitlines()[-1]}", "give the weights of this very network") from None
+                    raise UserError(
+                        f"{path} does not fit {spec.model}: {str(error).splitlines()[-1]}", "give the weights of this very network"
+                    ) from None
     except UserError as error:
         raise UserError(f"{role}: {error.message}", error.hint) from None
     return network
@@ -131,7 +139,9 @@ def kept_at(spec: schema.Model, network: nn.Module, recipe: schema.Recipe, own: 
     return places.cache_folder() / "models" / storage.fingerprint(content), content
 
 
-def schooled(spec: schema.Model, network: nn.Module, recipe: schema.Recipe, data: Data, session: Session, phase: str, given_data: Any = None) -> nn.Module:
+def schooled(
+    spec: schema.Model, network: nn.Module, recipe: schema.Recipe, data: Data, session: Session, phase: str, given_data: Any = None
+) -> nn.Module:
     """Train a network as its `train` block says, once: the result is kept in the user's cache and found again by what it was made from.
 
     An interrupted training goes on from its checkpoint, also in another run.
@@ -178,7 +188,13 @@ def teacher_networks(recipe: schema.Recipe, data: Data, session: Session, given:
     """Every teacher network that the recipe names, by name: given as an object, loaded, or trained once."""
     if "teacher" in given:
         value = given["teacher"]
-        found = dict(value) if isinstance(value, Mapping) else {f"teacher{i}": m for i, m in enumerate(value, 1)} if isinstance(value, (list, tuple)) else {"teacher": value}
+        found = (
+            dict(value)
+            if isinstance(value, Mapping)
+            else {f"teacher{i}": m for i, m in enumerate(value, 1)}
+            if isinstance(value, (list, tuple))
+            else {"teacher": value}
+        )
     else:
         found = {}
         for name, spec in recipe.teacher.models.items():
@@ -194,7 +210,9 @@ def teacher_networks(recipe: schema.Recipe, data: Data, session: Session, given:
     return found
 
 
-def make_teacher(spec: schema.Teacher, method: Distiller, networks: Mapping[str, nn.Module], student: nn.Module, data: Data, session: Session) -> Teacher:
+def make_teacher(
+    spec: schema.Teacher, method: Distiller, networks: Mapping[str, nn.Module], student: nn.Module, data: Data, session: Session
+) -> Teacher:
     """The teacher that a recipe and its method ask for.
 
     Raises:
@@ -209,11 +227,17 @@ def make_teacher(spec: schema.Teacher, method: Distiller, networks: Mapping[str,
     if kind == "ema":
         return MovingAverageTeacher(student, spec.decay, wants)
     if method.teacher_names and kind != "frozen":
-        raise UserError(f"{method.card.id} needs the teachers {' and '.join(method.teacher_names)} themselves, not kind {kind}", "leave teacher.kind and teacher.store out")
+        raise UserError(
+            f"{method.card.id} needs the teachers {' and '.join(method.teacher_names)} themselves, not kind {kind}",
+            "leave teacher.kind and teacher.store out",
+        )
     if kind == "stored":
         return stored_teacher(spec, networks, data, wants)
     if not networks:
-        raise UserError(f"{method.card.id} needs a teacher, and the recipe names none", "set `teacher`, for example --set teacher=cnn, or kind: ema or history")
+        raise UserError(
+            f"{method.card.id} needs a teacher, and the recipe names none",
+            "set `teacher`, for example --set teacher=cnn, or kind: ema or history",
+        )
     if method.teacher_names and set(networks) != set(method.teacher_names):
         raise UserError(
             f"{method.card.id} needs teachers named {' and '.join(method.teacher_names)}; the recipe has {', '.join(networks)}",
@@ -232,10 +256,18 @@ def make_teacher(spec: schema.Teacher, method: Distiller, networks: Mapping[str,
 def stored_teacher(spec: schema.Teacher, networks: Mapping[str, nn.Module], data: Data, wants: tuple[str, ...]) -> StoredTeacher:
     """Outputs on disk, checked against the teacher (where it is at hand) and the data."""
     if not spec.store:
-        raise UserError("teacher.kind is stored, but teacher.store names no folder", "write one with `limbeck cache RECIPE`, then set teacher.store to it")
+        raise UserError(
+            "teacher.kind is stored, but teacher.store names no folder",
+            "write one with `limbeck cache RECIPE`, then set teacher.store to it",
+        )
     if data.train.augment is not None:
-        raise UserError("stored teacher outputs belong to inputs as they are, and data.augment changes them", "leave data.augment empty, or use the teacher itself")
-    return StoredTeacher(Store(spec.store, teacher_fingerprint=teacher_fingerprint(networks, spec.weights), data_fingerprint=data.fingerprint), wants)
+        raise UserError(
+            "stored teacher outputs belong to inputs as they are, and data.augment changes them",
+            "leave data.augment empty, or use the teacher itself",
+        )
+    return StoredTeacher(
+        Store(spec.store, teacher_fingerprint=teacher_fingerprint(networks, spec.weights), data_fingerprint=data.fingerprint), wants
+    )
 
 
 def teacher_fingerprint(networks: Mapping[str, nn.Module], weights: Mapping[str, float] | None = None) -> str | None:

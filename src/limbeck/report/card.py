@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from limbeck.errors import UserError
 from limbeck.report.tables import run_markdown
 
 
@@ -42,12 +43,13 @@ def model_card(summary: Mapping[str, Any], teacher: str = "") -> str:
     try:
         card = find(summary["method"]).card
         lines += [f"Method: `{card.id}`, {card.paper}.", ""]
-    except Exception:  # a method given as an object has no registered card
+    except UserError:  # a method given as an object has no registered card
         lines += [f"Method: `{summary['method']}`.", ""]
     if teacher:
         lines += [f"Teacher: {teacher}.", ""]
     data = summary.get("data", {})
-    lines += [f"Data: {data.get('name')}, {data.get('train')} training samples, {data.get('labelled')} of them with a label the student could see; {data.get('test')} test samples.", ""]
+    seen = f"{data.get('train')} training samples, {data.get('labelled')} of them with a label that the student could see"
+    lines += [f"Data: {data.get('name')}, {seen}; {data.get('test')} test samples.", ""]
     lines += ["Measured on the test split, after the last step:", "", run_markdown(summary), ""]
     if "agreement" in summary:
         lines += [f"Agreement with the teacher: {summary['agreement']['top1']:.1%} of the predictions.", ""]
