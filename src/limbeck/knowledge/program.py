@@ -139,20 +139,20 @@ class KnowledgeProgram:
         return batches if self.device.type == "cpu" else (batch.to(self.device) for batch in batches)
 
     def parts(self, batch: Batch, count: int) -> list[Batch]:
-        """Equal parts of a batch; each knows how much its labelled samples weigh in the whole."""
+        """Equal parts of a batch; each knows how much its labelled and its unlabelled samples weigh in the whole."""
         size = len(batch) // count
         labelled = batch.labelled
-        total = labelled.sum().clamp_min(1)
+        total, others = labelled.sum().clamp_min(1), (~labelled).sum().clamp_min(1)
         parts = []
         for number in range(count):
             pick = slice(number * size, (number + 1) * size if number + 1 < count else len(batch))
-            scale = labelled[pick].sum() * count / total
+            scales = {"labelled_scale": labelled[pick].sum() * count / total, "unlabelled_scale": (~labelled[pick]).sum() * count / others}
             parts.append(
                 Batch(
                     _cut(batch.inputs, pick),
                     None if batch.labels is None else batch.labels[pick],
                     None if batch.index is None else batch.index[pick],
-                    {**_cut(batch.extra, pick), "labelled_scale": scale},
+                    {**_cut(batch.extra, pick), **scales},
                 )
             )
         return parts

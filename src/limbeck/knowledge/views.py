@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from limbeck.data.batches import Batches
 from limbeck.data.split import Split
+from limbeck.errors import UserError
 from limbeck.losses import cross_entropy
 from limbeck.signals import call, logits_of
 from limbeck.tasks import Classification
 
 
 def pgd(
-    model: nn.Module, inputs: Tensor, labels: Tensor, *, eps: float, step: float, steps: int, noise: float = 0.001, low: float = 0.0, high: float = 1.0
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    step: float,
+    steps: int,
+    noise: float = 0.001,
+    low: float = 0.0,
+    high: float = 1.0,
 ) -> Tensor:
     """Projected gradient descent (Madry et al., arXiv:1706.06083): inputs near the given ones on which the model errs.
 
-    x' = x + noise N(0, 1); then `steps` times x' = project(x' + step sign(grad CE(model(x'), y))) onto the ball of radius eps (maximum norm) and [low, high].
+    x' = x + noise N(0, 1); then `steps` times x' = project(x' + step sign(grad CE(model(x'), y))),
+    onto the ball of radius eps (maximum norm) and [low, high].
 
     Args:
         model: attacked in evaluation mode; every module's own mode is put back. No parameter's gradient is touched.
@@ -46,6 +59,24 @@ def pgd(
             module.training = mode
 
 
+def check_box(inputs: Any, who: str) -> None:
+    """Refuse inputs that an attack within [0, 1] would tear: anything but a floating-point tensor with values in that range.
+
+    Raises:
+        UserError: naming `who` attacks.
+    """
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        raise UserError(
+            f"{who} attacks inputs that are one tensor of floats",
+            "use pictures or tables; token ids and several inputs cannot be moved a little",
+        )
+    if inputs.numel() and (float(inputs.min()) < -1e-6 or float(inputs.max()) > 1 + 1e-6):
+        raise UserError(
+            f"{who} attacks inputs in [0, 1]; here are values from {float(inputs.min()):.3g} to {float(inputs.max()):.3g}",
+            "scale the data to [0, 1], and let the network normalise it",
+        )
+
+
 def robust_accuracy(
     network: nn.Module,
     split: Split,
@@ -68,8 +99,6 @@ def robust_accuracy(
         device: where the network lives.
         seed: of the attack's first noise; the global generator is left as it was.
     """
-    from limbeck.errors import UserError
-
     if task.kind != "multiclass":
         raise UserError(f"accuracy under attack is for multiclass tasks, this one is {task.kind}", "leave evaluation.attack out")
     right = total = 0

@@ -45,7 +45,9 @@ class DualHeaded(nn.Module):
         head: path of the head inside it.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], classes: int, network: str = "cnn", args: dict[str, Any] | None = None, head: str = "head") -> None:
+    def __init__(
+        self, input_shape: tuple[int, ...], classes: int, network: str = "cnn", args: dict[str, Any] | None = None, head: str = "head"
+    ) -> None:
         from limbeck.zoo.build import build
 
         super().__init__()
@@ -59,7 +61,10 @@ class DualHeaded(nn.Module):
         except AttributeError:
             old = None
         if not isinstance(old, nn.Linear):
-            raise UserError(f"{head!r} of {type(network).__name__} is {type(old).__name__}, not a linear layer", "two heads need a network that ends in a linear layer")
+            raise UserError(
+                f"{head!r} of {type(network).__name__} is {type(old).__name__}, not a linear layer",
+                "two heads need a network that ends in a linear layer",
+            )
         network.set_submodule(head, TwoHeads(old))
 
     @classmethod

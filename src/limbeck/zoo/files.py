@@ -153,16 +153,31 @@ def _rebuild(note: dict[str, Any], folder: Path, trust_python: bool) -> nn.Modul
     ref = note.get("ref")
     if not isinstance(ref, str):
         raise UserError(f"{folder} holds a {note.get('class')}, which limbeck cannot make by itself", "give load_model(folder, model=...)")
-    if ref.startswith("python:") and not trust_python:
+    args = _without_code(ref, dict(note.get("args", {})), folder, trust_python)
+    return build(ref, **args)
+
+
+def _without_code(ref: str, args: dict[str, Any], folder: Path, trust_python: bool) -> dict[str, Any]:
+    """The arguments to make a network with: nothing is downloaded, and a factory that a file names is called only when it is trusted.
+
+    A network inside another one (the `network` of a dual head) is held to the same rules.
+    """
+    from limbeck.zoo.build import NETWORKS
+
+    kind, colon, name = ref.partition(":")
+    if not colon:  # as `build` understands it
+        kind, name = ("folder", ref) if Path(ref).is_dir() and ref not in NETWORKS else ("zoo", ref)
+    if kind == "python" and not trust_python:
         raise UserError(
             f"{folder} names the Python factory {ref}, and loading runs no code that a file names",
             "if you trust the folder: trust_python: true, or load_model(folder, model=...)",
         )
-    if ref.startswith("folder:"):
+    if kind == "folder":
         raise UserError(f"{folder} refers to another folder", "save the network itself")
-    args = dict(note.get("args", {}))
-    if "pretrained" in args or ref == "zoo:efficientnet-lite0":
+    if "pretrained" in args or (kind, name) == ("zoo", "efficientnet-lite0"):
         args["pretrained"] = False  # The stored weights replace them anyway.
-    if ref.startswith("hf:"):
+    if kind == "hf":
         args["config_only"] = True
-    return build(ref, **args)
+    if (kind, name) == ("zoo", "dual-head") and isinstance(args.get("network"), str):
+        args["args"] = _without_code(args["network"], dict(args.get("args") or {}), folder, trust_python)
+    return args

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from limbeck.data.batch import Batch
 from limbeck.engine.clock import Clock
-from limbeck.knowledge.distiller import Distiller, Models
-from limbeck.knowledge.views import pgd
+from limbeck.knowledge.distiller import Distiller, Models, Pair
+from limbeck.knowledge.views import check_box, pgd
 from limbeck.method import Card, setting
 
 
@@ -32,6 +32,7 @@ class AdversarialTraining(Distiller):
         equation="CE(s(x'), y), x' = argmax within the ball of CE(s, y)",
         baseline="alone",
         certainty="recalled",
+        deviations="The attack starts from small normal noise (as in b-mtard's code), not from a uniform place in the ball.",
     )
     teacher_kind: ClassVar[str] = "none"
     teacher_wants: ClassVar[tuple[str, ...]] = ()
@@ -40,6 +41,11 @@ class AdversarialTraining(Distiller):
     eps: float = setting(8 / 255, "radius of the attack, in units of the inputs (CIFAR's habit)", above=0)
     attack_step: float = setting(2 / 255, "length of an attack step", above=0)
     attack_steps: int = setting(10, "steps of the attack", at_least=1)
+
+    def setup(self, pair: Pair) -> None:
+        """Nothing to build; the attack needs one class of several and inputs in [0, 1]."""
+        self.check_one_class(pair)
+        check_box(pair.example.inputs, self.card.id)
 
     def step(self, batch: Batch, models: Models, clock: Clock) -> dict[str, Tensor]:
         """`ce` on the attacked batch."""

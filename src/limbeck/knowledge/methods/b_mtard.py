@@ -11,7 +11,7 @@ from torch import Tensor
 from limbeck.data.batch import Batch
 from limbeck.engine.clock import Clock
 from limbeck.knowledge.distiller import Distiller, Models, Pair
-from limbeck.knowledge.views import pgd
+from limbeck.knowledge.views import check_box, pgd
 from limbeck.method import Card, setting
 
 TINY = 1e-5
@@ -22,7 +22,8 @@ TINY = 1e-5
 class BMTARD(Distiller):
     """A natural teacher supervises clean inputs, a robust one adversarial inputs; two balancers keep them level.
 
-    loss = w_adv L(s(x'), R(x') / tau_R) + w_nat L(s(x), N(x) / tau_N), L = mean over batch and classes of b (log(b + 1e-5) - log softmax(s))
+    loss = w_adv L(s(x'), R(x') / tau_R) + w_nat L(s(x), N(x) / tau_N)
+    L(s, b) = mean over batch and classes of b (log(b + 1e-5) - log softmax(s))
     Temperatures move by eta_t until both teachers have equal entropy; weights follow each loss over its first value.
     Inputs are (B, ...) in [0, 1], logits (B, C). The attack is made on the student. Teachers are named `natural` and `robust`.
     """
@@ -34,10 +35,13 @@ class BMTARD(Distiller):
         arxiv="2306.16170",
         wing="knowledge",
         family="adversarial",
-        claim="Two balanced teachers give a student that is both accurate and robust, better than adversarial training and single-teacher distillation.",
+        claim="Two balanced teachers give a student that is both accurate and robust, "
+        "better than adversarial training and single-teacher distillation.",
         equation="w_adv L(s(x'), R(x')/tau_R) + w_nat L(s(x), N(x)/tau_N)",
         baseline="adversarial-training",
-        deviations="Samples without a label are attacked at the natural teacher's choice. The learning-rate drops of the paper's schedule do not scale eta_w and eta_t.",
+        deviations="Samples without a label are attacked at the natural teacher's choice. "
+        "The learning-rate drops of the paper's schedule do not scale eta_w and eta_t. "
+        "With training.accumulate the balance moves once for each part of a batch.",
     )
     teacher_names: ClassVar[tuple[str, ...]] = ("natural", "robust")
 
@@ -50,12 +54,14 @@ class BMTARD(Distiller):
 
     def setup(self, pair: Pair) -> None:
         """State, in the order robust, natural: temperatures, weights, and each loss at the first step (NaN before it)."""
+        self.check_one_class(pair)
+        check_box(pair.example.inputs, self.card.id)
         self.state["tau"] = torch.ones(2, device=pair.device)
         self.state["weights"] = torch.full((2,), 0.5, device=pair.device)
         self.state["first"] = torch.full((2,), float("nan"), device=pair.device)
 
     def step(self, batch: Batch, models: Models, clock: Clock) -> dict[str, Tensor]:
-        """Attack, read both teachers and the student twice, form the loss with the temperatures before and the weights after this step's balance."""
+        """Attack, read both teachers and the student twice; the loss has the temperatures before and the weights after this balance."""
         natural = models.teacher.members["natural"](batch).logits.float()
         labels = natural.argmax(-1) if batch.labels is None else torch.where(batch.labelled, batch.labels, natural.argmax(-1))
         attacked = pgd(models.module, batch.inputs, labels, eps=self.eps, step=self.attack_step, steps=self.attack_steps)
@@ -76,10 +82,10 @@ class BMTARD(Distiller):
         The sharper teacher is heated and the other cooled; the loss that has fallen less gets more weight.
         """
         robust, natural = negative_entropies
-        lean = torch.sign(robust / natural - 1)
+        lean = torch.sign(natural - robust)  # of the paper's robust / natural - 1, as both are negative; 0 / 0 is no danger here
         self.state["tau"] = (self.state["tau"] - self.eta_t * torch.stack([lean, -lean])).clamp(1, self.hottest)
         first = torch.where(self.state["first"].isnan(), losses, self.state["first"])
-        progress = losses / first
+        progress = (losses / first.clamp_min(1e-12)).clamp_min(1e-12)
         weights = self.state["weights"] - self.eta_w * (self.state["weights"] - progress / progress.sum())
         weights = weights.clamp_min(0)
         self.state["first"], self.state["weights"] = first, weights / weights.sum()

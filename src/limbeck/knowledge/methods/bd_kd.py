@@ -10,7 +10,7 @@ from torch import Tensor
 
 from limbeck.data.batch import Batch
 from limbeck.engine.clock import Clock
-from limbeck.knowledge.distiller import Distiller
+from limbeck.knowledge.distiller import Distiller, Pair
 from limbeck.losses import entropy, forward_kl, reverse_kl
 from limbeck.method import Card, setting
 from limbeck.signals.signals import Signals
@@ -32,7 +32,8 @@ class BDKD(Distiller):
         arxiv="2212.12965",
         wing="knowledge",
         family="online",
-        claim="Balancing forward and reverse KL per sample improves accuracy and calibration of the compact student over online and offline distillation.",
+        claim="Balancing forward and reverse KL per sample improves accuracy and calibration "
+        "of the compact student over online and offline distillation.",
         equation="CE(s, y) + T^2 (w_F KL(t||s) + w_R KL(s||t)) + CE(t, y) + T^2 KL(s||t)",
         baseline="alone",
         certainty="recalled",
@@ -43,8 +44,16 @@ class BDKD(Distiller):
 
     temperature: float = setting(3.0, "T of divergences and entropies; the paper's 3 wants a low learning rate", above=0)
     delta: float = setting(2.0, "weight of the favoured divergence (recalled)", at_least=0)
-    rule: str = setting("entropy", "how the two divergences are weighed; 'forward' is classic mutual learning", choices=("entropy", "none", "forward", "reverse"))
+    rule: str = setting(
+        "entropy",
+        "how the two divergences are weighed; 'forward' is classic mutual learning",
+        choices=("entropy", "none", "forward", "reverse"),
+    )
     swap: bool = setting(False, "favour the other divergence in both cases of the entropy rule")
+
+    def setup(self, pair: Pair) -> None:
+        """Nothing to build; the loss needs one class of several."""
+        self.check_one_class(pair)
 
     def weights(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """`(B,)` weights of the forward and of the reverse divergence."""

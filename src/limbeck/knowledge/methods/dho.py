@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from limbeck.data.batch import Batch
 from limbeck.data.batches import Batches
 from limbeck.engine.clock import Clock
-from limbeck.knowledge.distiller import Distiller, Models
+from limbeck.knowledge.distiller import Distiller, Models, Pair
 from limbeck.losses import forward_kl
 from limbeck.method import Card, setting
 from limbeck.signals import Reader, anatomy
@@ -35,10 +35,11 @@ class DHO(Distiller):
         arxiv="2505.07675",
         wing="knowledge",
         family="semi-supervised",
-        claim="Two heads avoid the conflict between labels and teacher in one classifier: state of the art on ImageNet with 1% and 10% of the labels.",
+        claim="Two heads avoid the conflict between labels and teacher in one classifier: "
+        "state of the art on ImageNet with 1% and 10% of the labels.",
         equation="lam CE(ce(x_l), y) + (1 - lam) T^2 [KL(t||kd)_labelled + KL(t||kd)_unlabelled]",
-        deviations="Labelled and unlabelled samples share one forward pass (the released code makes two), which matters to batch-norm statistics only. "
-        "The heads are tuned once, after the last step.",
+        deviations="Labelled and unlabelled samples share one forward pass (the released code makes two), "
+        "which matters to batch-norm statistics only. The heads are tuned once, after the last step.",
     )
     labelled_share: ClassVar[float | None] = 0.5
     _head: ClassVar[str] = "head"  # where the two heads are; each instance learns it in `wrap`
@@ -65,6 +66,10 @@ class DHO(Distiller):
     def _put(self, head: str) -> None:
         self.__dict__["_head"] = head
 
+    def setup(self, pair: Pair) -> None:
+        """Nothing to build; the loss needs one class of several."""
+        self.check_one_class(pair)
+
     def wants(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The mixed output and both heads' own."""
         return ("logits", f"at:{self._head}.ce", f"at:{self._head}.kd"), ("logits",)
@@ -73,11 +78,12 @@ class DHO(Distiller):
         """`ce`, `kd_labelled`, `kd_unlabelled`."""
         ce, kd = student.at[f"{self._head}.ce"], student.at[f"{self._head}.kd"]
         labelled = batch.labelled.to(kd.device)
-        options: dict[str, Any] = {"temperature": self.temperature}
+        # each mean is one over the samples of its own kind in the whole batch, of which this may be a part
+        weights = [(1 - self.lam) * batch.extra.get(scale, 1.0) for scale in ("labelled_scale", "unlabelled_scale")]
         return {
             "ce": self.lam * self.hard(batch, ce),
-            "kd_labelled": (1 - self.lam) * forward_kl(kd, teacher.logits, mask=labelled, **options),
-            "kd_unlabelled": (1 - self.lam) * forward_kl(kd, teacher.logits, mask=~labelled, **options),
+            "kd_labelled": weights[0] * forward_kl(kd, teacher.logits, mask=labelled, temperature=self.temperature),
+            "kd_unlabelled": weights[1] * forward_kl(kd, teacher.logits, mask=~labelled, temperature=self.temperature),
         }
 
     @torch.no_grad()

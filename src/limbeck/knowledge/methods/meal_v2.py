@@ -22,7 +22,8 @@ class MEALV2(Distiller):
     """Fine-tune an ordinarily trained student on the mean probabilities of an ensemble alone: no labels, no features, no weight decay.
 
     loss = CE(mean_k softmax(t_k), s) + BCE(D([s; mean_k t_k]), [student; teacher])
-    Logits are (B, C). D is a small network on one sample's logits: C -> C/K -> C/K/K -> 2. Start the student with `student.train` in the recipe.
+    Logits are (B, C). D is a small network on one sample's logits: C -> C/K -> C/K/K -> 2.
+    Start the student with `student.train` in the recipe.
     """
 
     card = Card(
@@ -32,25 +33,30 @@ class MEALV2(Distiller):
         arxiv="2009.08453",
         wing="knowledge",
         family="ensemble",
-        claim="Soft labels of an ensemble, a good start and a discriminator lift a vanilla ResNet-50 to 80.67% on ImageNet, above training on labels.",
+        claim="Soft labels of an ensemble, a good start and a discriminator "
+        "lift a vanilla ResNet-50 to 80.67% on ImageNet, above training on labels.",
         equation="CE(mean_k softmax(t_k), softmax(s)) + BCE(D([s; mean_k t_k]))",
         baseline="alone",
-        deviations="The released discriminator ends in a ReLU, which can die; it is a setting, off by default. In the released code student and "
-        "discriminator minimise the same loss; `adversarial` puts a gradient reversal between them, as the paper's text has it.",
+        deviations="The released discriminator ends in a ReLU, which can die; it is a setting, off by default. "
+        "In the released code student and discriminator minimise the same loss; `adversarial` puts a gradient reversal between them, as the paper's text has it.",
     )
 
     reduction: int = setting(4, "K, how much narrower each layer of D is; 8 for 1000 classes in the paper, 4 for few", at_least=2)
     discriminator: float = setting(1.0, "weight of D's loss; the paper uses 1", at_least=0)
-    discriminator_lr: float | None = setting(None, "D's own learning rate; None is the student's, as the released code has it in effect", above=0)
+    discriminator_lr: float | None = setting(
+        None, "D's own learning rate; None is the student's, as the released code has it in effect", above=0
+    )
     adversarial: bool = setting(False, "reverse the gradient between the student and D (the paper's text; the released code does not)")
     reversal: float = setting(1.0, "strength of the reversed gradient", at_least=0)
     final_relu: bool = setting(False, "end D with a ReLU, as the released code does")
 
     def setup(self, pair: Pair) -> None:
         """The discriminator."""
-        first = max(2, pair.student_signals.logits.shape[-1] // self.reduction)
+        self.check_one_class(pair)
+        classes = pair.student_signals.logits.shape[-1]
+        first = max(2, classes // self.reduction)
         second = max(2, first // self.reduction)
-        layers: list[nn.Module] = [nn.Linear(pair.student_signals.logits.shape[-1], first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 2)]
+        layers: list[nn.Module] = [nn.Linear(classes, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 2)]
         self.parts["discriminator"] = nn.Sequential(*layers, nn.ReLU()) if self.final_relu else nn.Sequential(*layers)
 
     def optimizers(self, pair: Pair) -> dict[str, torch.optim.Optimizer]:

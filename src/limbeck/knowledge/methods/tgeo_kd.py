@@ -25,7 +25,7 @@ from limbeck.signals.signals import Signals
 
 @dataclass
 class TGeoKD(Distiller):
-    """A tiny network reads how student S, teacher T, label G and the teacher's class average lie to each other, and says how far to trust the teacher.
+    """A tiny network sees how student S, teacher T, label G and the teacher's class average lie, and says how far to trust the teacher.
 
     inner: mean_b alpha_b tau^2 KL(t || s) + (1 - alpha_b) CE(s, y), alpha_b = controller(state_b) in (0, 1)
     outer: CE of the student after one such step, on a validation batch; its gradient reaches the controller through that step.
@@ -42,7 +42,8 @@ class TGeoKD(Distiller):
         claim="A sample-wise fusion ratio, learned by bilevel optimisation, beats other ways to weigh teacher against label.",
         equation="alpha tau^2 KL(t||s) + (1 - alpha) CE(s, y), alpha = sigmoid(MLP([S, T, G, Tbar, squares of their differences]))",
         deviations="The released script cuts the gradient between controller and validation loss; this is the unrolled step of the paper. "
-        "The controller's rate is 1e-3 instead of the released 0.1. Unlabelled samples learn from the teacher alone.",
+        "The controller's rate is 1e-3 instead of the released 0.1, and follows the run's schedule. "
+        "Unlabelled samples learn from the teacher alone.",
     )
     needs_valid: ClassVar[bool] = True
 
@@ -54,11 +55,12 @@ class TGeoKD(Distiller):
 
     def setup(self, pair: Pair) -> None:
         """The controller, the teacher's mean probabilities of each class, and where validation batches come from."""
+        self.check_one_class(pair)
         classes = pair.student_signals.logits.shape[-1]
         layers = (nn.Linear(9 * classes, 32), nn.LeakyReLU(0.01), nn.Linear(32, 16), nn.LeakyReLU(0.01), nn.Linear(16, 1), nn.Sigmoid())
         self.parts["controller"] = nn.Sequential(*layers)
         sums, counts = torch.zeros(classes, classes, device=pair.device), torch.zeros(classes, 1, device=pair.device)
-        for batch in Batches(pair.data.train, 512, shuffle=False).epoch(0):
+        for batch in Batches(pair.data.train.with_augment(None), 512, shuffle=False).epoch(0):
             batch = batch.to(pair.device)
             with torch.no_grad():
                 probabilities = pair.teacher(batch).logits.float().softmax(-1)
@@ -99,7 +101,7 @@ class TGeoKD(Distiller):
 
     def inner(self, batch: Batch, student: Tensor, teacher: Tensor, alpha: Tensor) -> dict[str, Tensor]:
         """The two weighted terms, means over the batch."""
-        hard = cross_entropy(student, batch.labels, reduction="none") if batch.labels is not None else torch.zeros(len(student), device=student.device)
+        hard = torch.zeros_like(alpha) if batch.labels is None else cross_entropy(student, batch.labels, reduction="none")
         return {"kl": forward_kl(student, teacher, temperature=self.temperature, weight=alpha), "ce": ((1 - alpha) * hard).mean()}
 
     def loss(self, batch: Batch, student: Signals, teacher: Signals, clock: Clock) -> dict[str, Tensor]:
