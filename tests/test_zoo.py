@@ -38,7 +38,7 @@ def test_sizes_are_known(ref, shape, classes, args, count):
     assert parameters(build(ref, input_shape=shape, classes=classes, **args)) == count
 
 
-@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"efficientnet-lite0"}))
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"efficientnet-lite0", "dual-head"}))  # dual-head wraps one of the others
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
 def test_every_network_has_the_same_anatomy(name, shape):
     model = build(f"zoo:{name}", input_shape=shape, classes=7, **({"depth": 8} if name == "resnet" else {}))

@@ -109,7 +109,9 @@ def load_tensors(path: str | Path, expected_sha256: str | None = None) -> dict[s
     if not path.is_file():
         raise UserError(f"no file at {path}", "check the path; weights are read from .safetensors files")
     content = path.read_bytes()
-    if content[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or content[:4] == b"PK\x03\x04":
+    # safetensors begins with the length of its JSON header in 8 bytes, and a length of 640 to 1408 looks like a pickle's first two
+    pickled = content[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and content[2:9] != bytes(6) + b"{"
+    if pickled or content[:4] == b"PK\x03\x04":
         raise UserError(
             f"{path} is a pickle, not a safetensors file",
             "pickles can run code when opened, so they are never read; convert it with safetensors.torch.save_file",

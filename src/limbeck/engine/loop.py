@@ -9,8 +9,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,14 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _total(terms: Collection[torch.Tensor]) -> torch.Tensor:
+    """The sum of the terms in their order; of many terms in one operation."""
+    if len(terms) > 3:
+        return torch.stack(list(terms)).sum()
+    values = iter(terms)
+    return sum(values, next(values))
+
+
 class Loop:
     """Drives one program through one phase.
 
@@ -119,7 +127,7 @@ class Loop:
         self.optimizers = program.optimizers()
         self.accelerator = self._accelerator()
         self.log_every = plan.log_every or max(1, min(50, plan.total // 40))
-        watch = plan.watch if plan.watch is not None else max(50, plan.total // 40)
+        watch = plan.watch if plan.watch is not None else max(50, min(100, plan.total // 2), plan.total // 40)
         self.watch_every = math.ceil(watch / self.log_every) * self.log_every
         self.outcome = Fit(0, 0.0)
         self.best: float | None = None
@@ -143,50 +151,60 @@ class Loop:
     # ---- one step ----
 
     def _step(self, batch: Any) -> None:
-        plan, clock, program = self.plan, self.clock, self.program
-        count = plan.training.accumulate
-        rate = schedule.factor(plan.training, clock.step, plan.total)
+        clock, program, accelerator = self.clock, self.program, self.accelerator
+        step, count = clock.step, self.plan.training.accumulate
         gathered: dict[str, torch.Tensor] = {}
-        watched = self.watch_every and (clock.step == 0 or (clock.step + 1) % self.watch_every == 0)
+        watched = self.watch_every and (step == 0 or (step + 1) % self.watch_every == 0)
         for turn in program.turns(clock):
             optimizer = self.optimizers.get(turn)
             parts = (batch,) if count == 1 else program.parts(batch, count)
             for part in parts:
-                with self.accelerator.autocast() if self.accelerator else nullcontext():
+                if accelerator is None:
                     terms = program.losses(turn, part, clock)
+                else:
+                    with accelerator.autocast():
+                        terms = program.losses(turn, part, clock)
                 if watched and optimizer is not None and part is parts[0]:
                     self._norms |= term_norms(terms, [p for group in optimizer.param_groups for p in group["params"]])
-                values = list(terms.values())
-                loss = values[0] if len(values) == 1 else torch.stack(values).sum() if len(values) > 3 else sum(values[1:], values[0])
+                loss = _total(terms.values())
                 if optimizer is not None and loss.requires_grad:
                     if count > 1:
                         loss = loss / count
-                    if self.accelerator:
-                        self.accelerator.backward(loss)
-                    else:
+                    if accelerator is None:
                         loss.backward()
+                    else:
+                        accelerator.backward(loss)
                 for name, value in terms.items():
                     value = value.detach()
-                    gathered[name] = gathered[name] + value / count if name in gathered else value / count if count > 1 else value
+                    if count > 1:
+                        value = value / count
+                    gathered[name] = gathered[name] + value if name in gathered else value
             if optimizer is not None:
-                self._update(optimizer, rate)
+                self._update(optimizer, step)
         program.after_step(clock)
-        self._recent.append((clock.step, gathered, getattr(batch, "index", None)))
-        clock.step += 1
+        self._recent.append((step, gathered, getattr(batch, "index", None)))
+        clock.step = step + 1
 
-    def _update(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    def _update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        training, accelerator = self.plan.training, self.accelerator
+        rate = schedule.factor(training, step, self.plan.total)
         for group, base in self._rates[id(optimizer)]:
             group["lr"] = base * rate
-        if self.plan.training.clip is not None:
+        if training.clip is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            if self.accelerator:
-                self.accelerator.clip_grad_norm_(parameters, self.plan.training.clip)
+            if accelerator is None:
+                torch.nn.utils.clip_grad_norm_(parameters, training.clip)
             else:
-                torch.nn.utils.clip_grad_norm_(parameters, self.plan.training.clip)
+                accelerator.clip_grad_norm_(parameters, training.clip)
         optimizer.step()
         # a turn's backward pass may reach parameters of another turn (bilevel, adversarial): every gradient is dropped
         for other in self.optimizers.values():
-            other.zero_grad(set_to_none=True)
+            if accelerator is None:  # what zero_grad does, without the profiler's record of it
+                for group in other.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = None
+            else:
+                other.zero_grad(set_to_none=True)
 
     # ---- what happens between steps ----
 
@@ -207,7 +225,7 @@ class Loop:
         if not self._recent:
             return
         names = list(dict.fromkeys(name for _, terms, _ in self._recent for name in terms))
-        rows = {name: torch.stack([terms[name].float() for _, terms, _ in self._recent if name in terms]) for name in names}
+        rows = {name: torch.stack([terms[name] for _, terms, _ in self._recent if name in terms]).float() for name in names}
         means = {name: float(values.mean()) for name, values in rows.items()}
         if not all(math.isfinite(value) for value in means.values()):
             self._not_finite()

@@ -53,7 +53,9 @@ def factor(training: Training, step: int, total: int) -> float:
     return 1.0
 
 
-def make_optimizer(training: Training, groups: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]], **changes: Any) -> torch.optim.Optimizer:
+def make_optimizer(
+    training: Training, groups: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]], **changes: Any
+) -> torch.optim.Optimizer:
     """A torch optimiser from a `training` block.
 
     Args:

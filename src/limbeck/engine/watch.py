@@ -19,8 +19,7 @@ def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) 
             norms[name] = 0.0
             continue
         gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-        squares = [gradient.detach().float().square().sum() for gradient in gradients if gradient is not None]
-        norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        norms[name] = float(nn.utils.get_total_norm([gradient.detach().float() for gradient in gradients if gradient is not None]))
     return norms
 
 

@@ -88,7 +88,9 @@ class EnsembleTeacher(Teacher):
         self.members = dict(members)
         if isinstance(weights, Mapping):
             if set(weights) != set(self.members):
-                raise UserError(f"teacher.weights names {', '.join(weights)}", f"the teachers are {', '.join(self.members)}: give each a weight")
+                raise UserError(
+                    f"teacher.weights names {', '.join(weights)}", f"the teachers are {', '.join(self.members)}: give each a weight"
+                )
             if sum(weights.values()) <= 0:
                 raise UserError("teacher.weights are all 0", "give at least one teacher a positive weight")
         self.weights = weights
@@ -183,7 +185,9 @@ class HistoryTeacher(Teacher):
 
     def _index(self, batch: Batch) -> Tensor:
         if batch.index is None:
-            raise UserError("this loader does not tell which samples it gives", "a history needs sample indices: give tensors or a map-style Dataset")
+            raise UserError(
+                "this loader does not tell which samples it gives", "a history needs sample indices: give tensors or a map-style Dataset"
+            )
         return batch.index.to(self.seen.device)
 
     def __call__(self, batch: Batch) -> Signals:
@@ -224,11 +228,17 @@ class StoredTeacher(Teacher):
         for name in wants:
             if name not in store.layout.signals and not (name == "stages" and "stages[0]" in store.layout.signals):
                 have = ", ".join(store.layout.signals)
-                raise UserError(f"the store {store.folder} holds {have}, not {name!r}", f"write it again with `limbeck cache ... --signals {','.join(wants)}`")
+                raise UserError(
+                    f"the store {store.folder} holds {have}, not {name!r}",
+                    f"write it again with `limbeck cache ... --signals {','.join(wants)}`",
+                )
 
     def __call__(self, batch: Batch) -> Signals:
         if batch.index is None:
-            raise UserError("this loader does not tell which samples it gives", "stored outputs are found by sample index: give tensors or a map-style Dataset")
+            raise UserError(
+                "this loader does not tell which samples it gives",
+                "stored outputs are found by sample index: give tensors or a map-style Dataset",
+            )
         said = self.store.signals(batch.index)
         if batch.index.device.type == "cpu":
             return said

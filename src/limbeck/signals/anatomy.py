@@ -145,7 +145,7 @@ def is_head_layer(module: nn.Module) -> bool:
     """Whether a module can be a classifier head: a Linear layer (of any library) or a 1x1 convolution."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return all(size == 1 for size in module.kernel_size)
-    return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "LazyLinear", "NormedLinear")
+    return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "LazyLinear", "NormedLinear", "TwoHeads")
 
 
 def _is_logits(output: Tensor, logits: Tensor) -> bool:

@@ -137,7 +137,7 @@ class Reader:
         self._plain = not (self._named or self._numbers or self._paths)
         self._ready = self._plain
         self._logits = "logits" in self.wants
-        self._fast = self._plain and self._logits and grad
+        self._fast = self._plain and self._logits
         needs_map = bool(self._named or self._numbers) or (stop_early and not self._plain)
         if not self._plain and (anatomy is not None or not needs_map):
             self._install()
@@ -231,7 +231,7 @@ class Reader:
 
     def __call__(self, inputs: Any) -> Signals:
         """One forward pass: inputs as `Batch.inputs` holds them, signals as asked for."""
-        if self._fast:
+        if self._fast and (self.grad or not torch.is_grad_enabled()):
             output = self.model(inputs) if isinstance(inputs, Tensor) else call(self.model, inputs)
             return Signals(output=output, logits=output if isinstance(output, Tensor) else logits_of(output))
         if not self.grad and torch.is_grad_enabled():

@@ -37,7 +37,7 @@ class Alone(Distiller):
     teacher_wants: ClassVar[tuple[str, ...]] = ()
     labelled_only: ClassVar[bool] = True
 
-    label_smoothing: float = setting(0.0, "share of the target that is spread over all classes (arXiv:1512.00567 uses 0.1)", at_least=0, at_most=1)
+    label_smoothing: float = setting(0.0, "share of the target spread over all classes (arXiv:1512.00567 uses 0.1)", at_least=0, at_most=1)
 
     def loss(self, batch: Batch, student: Signals, teacher: Signals, clock: Clock) -> dict[str, Tensor]:
         """`ce`."""

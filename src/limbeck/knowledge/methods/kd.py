@@ -28,13 +28,13 @@ class KD(Distiller):
         arxiv="1503.02531",
         wing="knowledge",
         family="response",
-        claim="A small network trained on the softened outputs of a large one, or of an ensemble, comes close to it and beats training on labels alone.",
+        claim="A small network trained on the softened outputs of a large one, or of an ensemble, comes near it and beats labels alone.",
         equation="(1 - alpha) CE(s, y) + alpha T^2 KL(softmax(t/T) || softmax(s/T))",
         baseline="alone",
         certainty="recalled",
     )
 
-    temperature: float = setting(4.0, "T, softens both distributions; 4 is the habit of the CIFAR literature, the paper tried 1 to 20", above=0)
+    temperature: float = setting(4.0, "T, softens both distributions; 4 is the CIFAR literature's habit, the paper tried 1 to 20", above=0)
     alpha: float = setting(0.9, "weight of the teacher's term; the labels get the rest", at_least=0, at_most=1)
 
     def loss(self, batch: Batch, student: Signals, teacher: Signals, clock: Clock) -> dict[str, Tensor]:

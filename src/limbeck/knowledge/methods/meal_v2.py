@@ -38,7 +38,8 @@ class MEALV2(Distiller):
         equation="CE(mean_k softmax(t_k), softmax(s)) + BCE(D([s; mean_k t_k]))",
         baseline="alone",
         deviations="The released discriminator ends in a ReLU, which can die; it is a setting, off by default. "
-        "In the released code student and discriminator minimise the same loss; `adversarial` puts a gradient reversal between them, as the paper's text has it.",
+        "In the released code student and discriminator minimise the same loss; "
+        "`adversarial` puts a gradient reversal between them, as the paper's text has it.",
     )
 
     reduction: int = setting(4, "K, how much narrower each layer of D is; 8 for 1000 classes in the paper, 4 for few", at_least=2)

@@ -92,7 +92,8 @@ class TGeoKD(Distiller):
 
     def ratios(self, batch: Batch, student: Tensor, teacher: Tensor) -> Tensor:
         """`(B,)` alpha in (0, 1), with gradient to the controller only; 1 for unlabelled samples."""
-        s, t = student.detach().float().softmax(-1), teacher.detach().float().softmax(-1)
+        kind = next(self.parts["controller"].parameters()).dtype
+        s, t = student.detach().to(kind).softmax(-1), teacher.detach().to(kind).softmax(-1)
         labels = self._labels(batch, t)
         g, average = one_hot(labels, s.shape[-1]).to(s), self.state["average"][labels]
         parts = [s, t, g, average, average - s, g - s, t - s, t - g, average - g]
