@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import importlib.machinery
 import json
 import math
@@ -90,7 +91,7 @@ def box(teacher: nn.Module, student: nn.Module, total: int) -> Callable[[Tensor,
 
     where = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
     loss = {"key": "KDLoss", "kwargs": where | {"temperature": TEMPERATURE, "alpha": 1 - ALPHA, "reduction": "batchmean"}}
-    term = {"kd": {"criterion": loss, "criterion_wrapper": {"key": "SimpleLossWrapper", "kwargs": {}}, "weight": 1.0}}
+    term = {"kd": {"criterion": loss, "weight": 1.0}}
     end = {"forward_proc": "forward_batch_only", "wrapper": None}
     config: dict[str, Any] = {
         "num_epochs": 1,
@@ -118,10 +119,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     rounds, chunk = (3, 2) if parser.parse_args().quick else (60, 20)
     sys.meta_path.insert(0, Blank())  # type: ignore[arg-type]
-    import torchvision.datasets  # noqa: F401  (the empty ones: torchdistill looks for them in sys.modules)
-    import torchvision.models  # noqa: F401
-    import torchvision.transforms  # noqa: F401
-
+    for name in ("datasets", "models", "transforms"):  # the empty ones: torchdistill looks for them in sys.modules
+        importlib.import_module(f"torchvision.{name}")
     torch.set_num_threads(1)
     teacher, student = nets()
     inputs, labels = torch.randn(8, BATCH, 64), torch.randint(CLASSES, (8, BATCH))
@@ -141,7 +140,8 @@ def main() -> None:
             times[name].append(time.process_time() - begin)
     ratio = statistics.median(a / b for a, b in zip(times["torchdistill"][1:], times["hand"][1:]))
     ms = {name: round(1e3 * statistics.median(values) / chunk, 4) for name, values in times.items()}
-    print(json.dumps({"peer": "torchdistill", "version": version("torchdistill"), "torch": torch.__version__, "ratio": round(ratio, 4), "ms": ms}))
+    made_of = {"version": version("torchdistill"), "torch": torch.__version__}
+    print(json.dumps({"peer": "torchdistill", **made_of, "ratio": round(ratio, 4), "ms": ms}))
 
 
 if __name__ == "__main__":

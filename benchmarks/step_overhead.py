@@ -1,8 +1,11 @@
 """Cost of one `kd` step: limbeck's engine, and limbeck's loss in one's own loop, over the same loop written by hand.
 
-    python benchmarks/step_overhead.py [--case mlp|resnet] [--quick]
+    python benchmarks/step_overhead.py [--case mlp|resnet|taps] [--quick] [--peer PATH]
 
-Arms run in one process, a few steps each in turn; before any timing their losses must agree to one part in a million (the two float32 formulas of KL round differently at 6e-7).
+Arms run in one process, a few steps each in turn, all with the same cosine schedule. Before any timing the losses of the first steps
+(three for mlp, whose later ones hold the gradients of those before; else one) must agree: to 1e-10 in float64 (not for taps) and to
+1e-6 in float32. `--peer` is the Python of an environment with torchdistill (see `peer_torchdistill.py`); its ratio is over the same
+hand-written loop in its own process.
 """
 
 from __future__ import annotations
@@ -11,32 +14,34 @@ import argparse
 import copy
 import json
 import math
-import os
-import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from common import CLASSES, SHAPE, TASK, facts, resnets
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.data.batch import Batch
 from limbeck.data.data import Data
 from limbeck.data.split import TensorSplit
-from limbeck.engine.callbacks import Callback
+from limbeck.engine.clock import Clock
 from limbeck.engine.loop import Loop, Plan
+from limbeck.knowledge.distiller import Pair
 from limbeck.knowledge.methods.kd import KD
 from limbeck.knowledge.program import KnowledgeProgram
 from limbeck.knowledge.teachers import FrozenTeacher
 from limbeck.recipe import Training
-from limbeck.tasks import Classification
-from limbeck.zoo.resnet import ResNet
+from limbeck.signals.signals import Signals
 
-TARGETS = {"mlp": 1.05, "resnet": 1.01}
-BATCH, CLASSES, TEMPERATURE, ALPHA = 32, 100, 4.0, 0.9
-TASK = Classification(tuple(str(i) for i in range(CLASSES)))
+TARGETS = {"mlp": 1.05, "resnet": 1.01, "taps": 1.02}
+BATCH, TEMPERATURE, ALPHA = 32, 4.0, 0.9
+Two = Callable[..., Tensor]
 
 
 def pair(case: str) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
@@ -47,33 +52,70 @@ def pair(case: str) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
             nn.Sequential(nn.Linear(64, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, CLASSES)) for w in (64, 32)
         )
         return teacher, student, (64,)
-    shape = (3, 32, 32)
-    return ResNet(input_shape=shape, classes=CLASSES, depth=32, width=4), ResNet(input_shape=shape, classes=CLASSES, depth=8, width=4), shape
+    teacher, student = resnets()
+    return teacher, student, SHAPE
 
 
-def own_loop(teacher: nn.Module, student: nn.Module, soft: Callable[..., Tensor], hard: Callable[..., Tensor]) -> Callable[[Batch], Tensor]:
+@dataclass
+class Taps(KD):
+    """kd and the mean squared distance of three feature maps, the student's through 1x1 convolutions."""
+
+    student_wants: ClassVar[tuple[str, ...]] = ("logits", "stages")
+    teacher_wants: ClassVar[tuple[str, ...]] = ("logits", "stages")
+
+    def setup(self, pair: Pair) -> None:
+        """One convolution a stage."""
+        sides = zip(pair.student_signals.stages, pair.teacher_signals.stages)
+        self.parts["bridges"] = bridges([(mine.shape[1], theirs.shape[1]) for mine, theirs in sides])
+
+    def loss(self, batch: Batch, student: Signals, teacher: Signals, clock: Clock) -> dict[str, Tensor]:
+        """`kl`, `ce`, `taps`."""
+        rows = zip(self.parts["bridges"], student.stages, teacher.stages)
+        return {**super().loss(batch, student, teacher, clock), "taps": sum(F.mse_loss(one(mine), theirs) for one, mine, theirs in rows)}
+
+
+def bridges(widths: list[tuple[int, int]]) -> nn.ModuleList:
+    """1x1 convolutions, the same each time."""
+    torch.manual_seed(1)
+    return nn.ModuleList(nn.Conv2d(mine, theirs, 1, bias=False) for mine, theirs in widths)
+
+
+def own_loop(teacher: nn.Module, student: nn.Module, soft: Two, hard: Two, total: int, taps: bool) -> Callable[[Batch], Tensor]:
     """One step of a plain loop with the given two losses."""
     teacher.eval().requires_grad_(False)
     student.train()
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    parameters, told, said, done = list(student.parameters()), [], [], 0
+    if taps:
+        for model, kept in ((teacher, told), (student, said)):
+            for stage in list(model.stages):
+                stage.register_forward_hook(lambda module, given, output, kept=kept: kept.append(output))
+        projectors = bridges([(64 * 2**i, 64 * 2**i) for i in range(3)]).to(parameters[0].dtype)
+        parameters += projectors.parameters()
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
 
     def step(batch: Batch) -> Tensor:
+        nonlocal done
+        told.clear(), said.clear()
+        optimizer.param_groups[0]["lr"] = 0.01 * 0.5 * (1 + math.cos(math.pi * done / total))
         with torch.no_grad():
             target = teacher(batch.inputs)
         logits = student(batch.inputs)
         loss = ALPHA * soft(logits, target, TEMPERATURE) + (1 - ALPHA) * hard(logits, batch.labels)
+        if taps:
+            loss = loss + sum(F.mse_loss(one(mine), theirs) for one, mine, theirs in zip(projectors, said, told))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        done += 1
         return loss.detach()
 
     return step
 
 
 def plain_soft(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) as people write it."""
-    logs, target = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
-    return F.kl_div(logs, target, reduction="batchmean") * temperature**2
+    """T^2 KL(teacher || student) in torch's own words."""
+    logs, target = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)
+    return F.kl_div(logs, target, log_target=True, reduction="batchmean") * temperature**2
 
 
 class Interleaved(KnowledgeProgram):
@@ -86,6 +128,7 @@ class Interleaved(KnowledgeProgram):
     def prepare(self, made: list[Batch], chunk: int = 0, others: Callable[[int], None] | None = None) -> None:
         """Set the batches and, for timing, whose turn comes after `chunk` steps."""
         self.made, self.chunk, self.times, self.count = made, chunk, [], 0
+        self.seen: list[Tensor] | None = None
         self.others = others or (lambda number: None)
         self._begin = (time.process_time(), time.perf_counter())
 
@@ -97,6 +140,13 @@ class Interleaved(KnowledgeProgram):
             yield batch
             self.count += 1
 
+    def losses(self, turn: str, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        """The method's terms; their sum is kept when the arms are compared."""
+        terms = super().losses(turn, batch, clock)
+        if self.seen is not None:
+            self.seen.append(sum(value.detach() for value in terms.values()))
+        return terms
+
     def note(self) -> None:
         """End of this arm's turn."""
         self.times.append((time.process_time() - self._begin[0], time.perf_counter() - self._begin[1]))
@@ -104,45 +154,55 @@ class Interleaved(KnowledgeProgram):
         self._begin = (time.process_time(), time.perf_counter())
 
 
-class Losses(Callback):
-    """Collects the loss of every log record."""
-
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Keep it."""
-        if "loss" in record:
-            self.seen.append(record["loss"])
-
-
 def measure(case: str, quick: bool) -> dict[str, Any]:
     """Ratios over the hand-written loop, medians over rounds; figures in milliseconds of process time a step."""
-    rounds, chunk = ((3, 2) if quick else (60, 20)) if case == "mlp" else ((2, 1) if quick else (14, 2))
-    teacher, student, shape = pair(case)
-    inputs, labels = torch.randn(8 * BATCH, *shape), torch.randint(CLASSES, (8 * BATCH,))
-    split = TensorSplit(inputs, labels)
-    made = [split.batch(torch.arange(i * BATCH, (i + 1) * BATCH)) for i in range(8)]
-    data = Data("random", split, split, input_shape=shape, classes=TASK.classes)
-    total = (rounds + 1) * chunk
-    training = Training(steps=total, batch=BATCH, optimizer="sgd", lr=0.01, nesterov=False, schedule="constant", warmup=0)
+    rounds, chunk = ((3, 2) if quick else (60, 20)) if case == "mlp" else ((1, 1) if quick else (3, 1))
+    size = 4 if quick and case != "mlp" else BATCH
+    taps, total = case == "taps", (rounds + 1) * chunk
+    first_teacher, first_student, shape = pair(case)
+    pictures, labels = torch.randn(8 * size, *shape), torch.randint(CLASSES, (8 * size,))
+    training = Training(steps=total, batch=size, optimizer="sgd", lr=0.01, nesterov=False, schedule="cosine", warmup=0)
 
-    def engine() -> Interleaved:
-        return Interleaved(KD(temperature=TEMPERATURE, alpha=ALPHA), copy.deepcopy(student), FrozenTeacher(teacher), data, TASK, training)
+    def sides(dtype: torch.dtype) -> tuple[list[Batch], Callable[[], Interleaved], Callable[[], dict[str, Callable[[Batch], Tensor]]]]:
+        split = TensorSplit(pictures.to(dtype), labels)
+        made = [split.batch(torch.arange(i * size, (i + 1) * size)) for i in range(8)]
+        data = Data("random", split, split, input_shape=shape, classes=TASK.classes)
+        method = Taps if taps else KD
 
-    def arms() -> dict[str, Callable[[Batch], Tensor]]:
-        return {
-            "hand": own_loop(teacher, copy.deepcopy(student), plain_soft, F.cross_entropy),
-            "limbeck_loss": own_loop(teacher, copy.deepcopy(student), TASK.soft_loss, TASK.hard_loss),
-        }
+        def two() -> tuple[nn.Module, nn.Module]:
+            return copy.deepcopy(first_teacher).to(dtype), copy.deepcopy(first_student).to(dtype)
 
-    seen, program = Losses(), engine()
-    program.prepare(made)
-    Loop(program, Plan(training, 3, log_every=1), callbacks=[seen]).run()
-    for name, step in arms().items():
-        for i, ours in enumerate(seen.seen[:3]):
-            value = float(step(made[i]))
-            assert math.isclose(value, ours, rel_tol=1e-6), f"{name} step {i}: {value} against {ours}"
+        def engine() -> Interleaved:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                teacher, student = two()
+                frozen = FrozenTeacher(teacher, method.teacher_wants)
+                return Interleaved(method(temperature=TEMPERATURE, alpha=ALPHA), student, frozen, data, TASK, training)
+            finally:
+                torch.set_default_dtype(before)
+
+        def arms() -> dict[str, Callable[[Batch], Tensor]]:
+            return {
+                "hand": own_loop(*two(), plain_soft, F.cross_entropy, total, taps),
+                "limbeck_loss": own_loop(*two(), TASK.soft_loss, TASK.hard_loss, total, taps),
+            }
+
+        return made, engine, arms
+
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-6)):
+        if taps and dtype is torch.float64:
+            continue  # the projectors are drawn in one dtype; kd's part is compared in float64 in the case resnet
+        made, engine, arms = sides(dtype)
+        steps = 1 if case != "mlp" else min(3, total)
+        program = engine()
+        program.prepare(made)
+        program.seen = []
+        Loop(program, Plan(training, steps)).run()
+        for name, step in arms().items():
+            for i, ours in enumerate(map(float, program.seen)):
+                value = float(step(made[i]))
+                assert math.isclose(value, ours, rel_tol=tolerance), f"{name} step {i} in {dtype}: {value} against {ours}"
 
     steps, times = arms(), {name: [] for name in ("hand", "limbeck_loss")}
 
@@ -174,11 +234,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--case", choices=[*TARGETS], action="append")
+    parser.add_argument("--peer", help="the Python of an environment with torchdistill")
     options = parser.parse_args()
     torch.set_num_threads(1)
     cases = {case: measure(case, options.quick) for case in options.case or TARGETS}
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "threads": 1, "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
-    print(json.dumps({"benchmark": "step_overhead", "quick": options.quick, **cases, "torchdistill": None, "why": "arm not written", **facts}))
+    peer: dict[str, Any] = {"torchdistill": None, "why": "no --peer"}
+    if options.peer:
+        command = [options.peer, str(Path(__file__).with_name("peer_torchdistill.py")), *(["--quick"] if options.quick else [])]
+        peer = {"torchdistill": json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)}
+    print(json.dumps({"benchmark": "step_overhead", "quick": options.quick, **cases, **peer, **facts()}))
 
 
 if __name__ == "__main__":

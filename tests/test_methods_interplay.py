@@ -28,6 +28,7 @@ from limbeck.knowledge.views import pgd, robust_accuracy
 from limbeck.signals import Signals, anatomy
 from limbeck.storage import load_tensors
 from limbeck.tasks import Classification
+from limbeck.zoo.dual_head import mix
 
 torch.set_num_threads(1)
 B, C = 6, 5
@@ -453,6 +454,13 @@ def test_dho_tunes_the_first_best_pair_on_the_validation_split(hidden):
     assert not student.training
 
 
+@pytest.mark.parametrize("alpha, beta", [(0.3, 2.0), (0.0, 0.5), (1.0, 1.0)])
+def test_dho_mixes_probabilities_and_cools_the_teachers_head_only(alpha, beta):
+    ce, kd = rand(B, C), rand(B, C, seed=1)
+    expected = alpha * softmax(ce.numpy()) + (1 - alpha) * softmax(kd.numpy() / beta)
+    assert np.allclose(mix(ce, kd, alpha, beta).exp().numpy(), expected, atol=1e-6)
+
+
 def test_dho_without_validation_split_mixes_as_its_settings_say():
     made = program("dho", open_data("digits", train=96, labelled=40), settings={"alpha": 0.3, "beta": 1.5})
     heads = made.finish().get_submodule(made.method._head)
@@ -622,7 +630,9 @@ def test_b_mtard_balance_by_hand(digits):
     for _ in range(60):
         made.balance(torch.tensor([-0.1, -0.2]), torch.tensor([0.5, 0.4]))
     assert made.state["tau"].tolist() == [10.0, 1.0]
-    made.balance(torch.zeros(2), torch.zeros(2))
+    made.state["first"] = torch.full((2,), float("nan"))
+    made.balance(torch.zeros(2), torch.zeros(2))  # a student that begins as its teacher
+    made.balance(torch.zeros(2), torch.tensor([0.0, 0.3]))
     assert torch.isfinite(made.state["tau"]).all() and torch.isfinite(made.state["weights"]).all()
 
 

@@ -1,0 +1,88 @@
+"""Runs every benchmark and writes `benchmarks/results.json` and `docs/benchmarks.md`.
+
+    python benchmarks/run_all.py [--quick] [--peer PATH]
+
+`--quick` runs the checks on tiny sizes and writes nothing. `--peer` goes to `step_overhead.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = ("step_overhead", "epochs", "cached_teacher", "startup")
+Row = tuple[str, str, float, float, bool]
+
+
+def run(name: str, *options: str) -> dict[str, Any]:
+    """What a script printed."""
+    done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), *options], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """Script, what is measured, target, figure, and whether the target is met."""
+    found: list[Row] = []
+    step, epochs, cached, start = (results.get(name) for name in SCRIPTS)
+    if step:
+        for case in ("mlp", "resnet", "taps"):
+            for arm in ("limbeck", "limbeck_loss") if case in step else ():
+                got, target = step[case][arm]["ratio"], step[case]["target"]
+                found.append(("step_overhead", f"{case}: {arm} over the hand-written loop", target, got, got <= target))
+        if step["torchdistill"]:
+            got, target = step["torchdistill"]["ratio"], step["mlp"]["target"]
+            found.append(("step_overhead --peer", "mlp: torchdistill over the hand-written loop (peer)", target, got, got <= target))
+    for pair in ("two_layers", "resnet8") if epochs else ():
+        for peer in ("meters", "topk"):
+            got, target = epochs[pair]["speedup_over_" + peer], epochs["target"]
+            found.append(("epochs", f"{pair}: images a second, limbeck over the {peer} loop", target, got, got >= target))
+    if cached:
+        got = cached["share_of_bound"]
+        what = f"speed-up {cached['speedup']['store']} from the store, as a share of the measured bound {cached['bound_measured']}"
+        found.append(("cached_teacher", what, 0.95, got, got >= 0.95))
+    for name, target in start["targets"].items() if start else ():
+        found.append(("startup", name.replace("_", " "), target, start[name], start[name] <= target))
+    return found
+
+
+def page(results: dict[str, Any]) -> str:
+    """The document."""
+    lines = ["# Benchmarks", "", "Written by `python benchmarks/run_all.py`; all figures are in `benchmarks/results.json`."]
+    lines += ["Process CPU time (start-up: wall time), one thread,"]
+    lines += ["medians of arms run in turn, on a shared two-core machine: small differences are noise. Misses are stated as such.", ""]
+    lines += ["| command | measured | target | figure | |", "| --- | --- | --- | --- | --- |"]
+    for script, what, target, got, met in rows(results):
+        name, *more = script.split()
+        command = " ".join([f"python benchmarks/{name}.py", *(f"{option} PATH" for option in more)])
+        lines.append(f"| `{command}` | {what} | {target} | {got} | {'met' if met else '**missed**'} |")
+    lines += [""] + [f"Not measured: `{name}`." for name in SCRIPTS if name not in results]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    """Run, write after each script, print one line of JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--peer")
+    options = parser.parse_args()
+    results: dict[str, Any] = {}
+    for name in reversed(SCRIPTS):
+        more = ["--quick"] if options.quick else []
+        if name == "step_overhead" and options.peer:
+            more += ["--peer", options.peer]
+        results[name] = run(name, *more)
+        if not options.quick:
+            (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            (HERE.parent / "docs" / "benchmarks.md").write_text(page(results))
+    print(json.dumps({"benchmark": "run_all", "quick": options.quick, "missed": [row[1] for row in rows(results) if not row[4]]}))
+
+
+if __name__ == "__main__":
+    main()
