@@ -134,7 +134,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     cases = {"two_layers": measure("two_layers", *((1, 128) if quick else (5, 4096)))}
-    cases["resnet8"] = measure("resnet8", *((1, 128) if quick else (3, 256)))
+    cases["resnet8"] = measure("resnet8", *((1, 128) if quick else (2, 1024)))
     print(json.dumps({"benchmark": "epochs", "quick": quick, "target": TARGET, **cases, **facts()}))
 
 

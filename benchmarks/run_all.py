@@ -1,8 +1,9 @@
 """Runs every benchmark and writes `benchmarks/results.json` and `docs/benchmarks.md`.
 
-    python benchmarks/run_all.py [--quick] [--peer PATH]
+    python benchmarks/run_all.py [--quick] [--peer PATH] [--only SCRIPT]
 
-`--quick` runs the checks on tiny sizes and writes nothing. `--peer` goes to `step_overhead.py`.
+`--quick` runs the checks on tiny sizes and writes nothing. `--peer` goes to `step_overhead.py`;
+`--only` runs one script and keeps the figures of the others.
 """
 
 from __future__ import annotations
@@ -71,9 +72,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peer")
+    parser.add_argument("--only", choices=SCRIPTS)
     options = parser.parse_args()
     results: dict[str, Any] = {}
-    for name in reversed(SCRIPTS):
+    if options.only and (HERE / "results.json").is_file():
+        results = json.loads((HERE / "results.json").read_text())
+    for name in [options.only] if options.only else SCRIPTS[::-1]:
         more = ["--quick"] if options.quick else []
         if name == "step_overhead" and options.peer:
             more += ["--peer", options.peer]

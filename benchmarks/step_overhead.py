@@ -163,7 +163,7 @@ def measure(case: str, quick: bool) -> dict[str, Any]:
     pictures, labels = torch.randn(8 * size, *shape), torch.randint(CLASSES, (8 * size,))
     training = Training(steps=total, batch=size, optimizer="sgd", lr=0.01, nesterov=False, schedule="cosine", warmup=0)
 
-    def sides(dtype: torch.dtype) -> tuple[list[Batch], Callable[[], Interleaved], Callable[[], dict[str, Callable[[Batch], Tensor]]]]:
+    def sides(dtype: torch.dtype) -> tuple[list[Batch], Callable[[], Interleaved], Callable[[int], dict[str, Callable[[Batch], Tensor]]]]:
         split = TensorSplit(pictures.to(dtype), labels)
         made = [split.batch(torch.arange(i * size, (i + 1) * size)) for i in range(8)]
         data = Data("random", split, split, input_shape=shape, classes=TASK.classes)
@@ -182,7 +182,7 @@ def measure(case: str, quick: bool) -> dict[str, Any]:
             finally:
                 torch.set_default_dtype(before)
 
-        def arms() -> dict[str, Callable[[Batch], Tensor]]:
+        def arms(total: int) -> dict[str, Callable[[Batch], Tensor]]:
             return {
                 "hand": own_loop(*two(), plain_soft, F.cross_entropy, total, taps),
                 "limbeck_loss": own_loop(*two(), TASK.soft_loss, TASK.hard_loss, total, taps),
@@ -199,12 +199,12 @@ def measure(case: str, quick: bool) -> dict[str, Any]:
         program.prepare(made)
         program.seen = []
         Loop(program, Plan(training, steps)).run()
-        for name, step in arms().items():
+        for name, step in arms(steps).items():
             for i, ours in enumerate(map(float, program.seen)):
                 value = float(step(made[i]))
                 assert math.isclose(value, ours, rel_tol=tolerance), f"{name} step {i} in {dtype}: {value} against {ours}"
 
-    steps, times = arms(), {name: [] for name in ("hand", "limbeck_loss")}
+    steps, times = arms(total), {name: [] for name in ("hand", "limbeck_loss")}
 
     def others(number: int) -> None:
         names = list(steps)

@@ -96,7 +96,7 @@ def test_broken_yaml(wrong, text, words):
 
 def test_tap_path_that_does_not_exist(wrong, tmp_path):
     """A method that asks for a module that is not there hears the nearest paths."""
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own_taps.py").write_text(
         "from dataclasses import dataclass\nfrom limbeck.method import Card\nfrom limbeck.knowledge.methods.kd import KD\n\n"
         "@dataclass\nclass Mine(KD):\n"
         "    card = Card(id='mine', title='t', year=2026, wing='knowledge', family='x', claim='c', equation='e')\n"
@@ -106,7 +106,7 @@ def test_tap_path_that_does_not_exist(wrong, tmp_path):
 
     sys.path.insert(0, str(tmp_path))
     try:
-        wrong("stages.0", sets=["method=python:mine:Mine"])
+        wrong("stages.0", sets=["method=python:own_taps:Mine"])
     finally:
         sys.path.remove(str(tmp_path))
 

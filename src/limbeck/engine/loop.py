@@ -167,7 +167,12 @@ class Loop:
                 if watched and optimizer is not None and part is parts[0]:
                     self._norms |= term_norms(terms, [p for group in optimizer.param_groups for p in group["params"]])
                 loss = _total(terms.values())
-                if optimizer is not None and loss.requires_grad:
+                if optimizer is not None:
+                    if not loss.requires_grad:
+                        raise UserError(
+                            f"the loss of the turn {turn} has no gradient (terms: {', '.join(terms)})",
+                            "the student has no trainable weight on the way to its output, or the method detaches it",
+                        )
                     if count > 1:
                         loss = loss / count
                     if accelerator is None:
@@ -218,7 +223,10 @@ class Loop:
         self.outcome.alarms.append(text)
         self._tell({"phase": self.phase, "step": self.clock.step, "alarm": text})
         if self.plan.stop_on_alarm:
-            raise UserError(f"stopped at step {self.clock.step} of {self.phase} by an alarm: {text}", "look at log.jsonl; set stop_on_alarm=false to go on")
+            raise UserError(
+                f"stopped at step {self.clock.step} of {self.phase} by an alarm: {text}",
+                "look at log.jsonl; set stop_on_alarm=false to go on",
+            )
 
     def _flush(self) -> None:
         """Look at the losses gathered since the last time: NaN guard, log record, alarms."""
@@ -266,10 +274,11 @@ class Loop:
             bad = [name for name, value in terms.items() if not bool(torch.isfinite(value))]
             if not bad:
                 continue
+            kind = "NaN" if bool(torch.isnan(terms[bad[0]])) else "infinite"
             where = f"samples {index.tolist()[:16]}{' ...' if len(index) > 16 else ''}" if index is not None else "unknown samples"
             _, good, _ = checkpoint.latest(self.plan.folder) if self.plan.folder else (None, None, None)
             raise UserError(
-                f"the loss turned {'NaN' if bool(torch.isnan(terms[bad[0]])) else 'infinite'} in {self.phase} at step {step}: term {', '.join(bad)}, {where}",
+                f"the loss turned {kind} in {self.phase} at step {step}: term {', '.join(bad)}, {where}",
                 f"last good checkpoint: {good or 'none yet'}; try a lower learning rate, or training.clip=1",
             )
 
@@ -297,7 +306,10 @@ class Loop:
         for name, module in self.program.modules().items():
             for path, value in module.named_parameters():
                 if not bool(torch.isfinite(value).all()):
-                    raise UserError(f"the weight {name}.{path} is not finite after step {self.clock.step} of {self.phase}", "try a lower learning rate, or training.clip=1")
+                    raise UserError(
+                        f"the weight {name}.{path} is not finite after step {self.clock.step} of {self.phase}",
+                        "try a lower learning rate, or training.clip=1",
+                    )
         seconds = self.outcome.seconds + time.perf_counter() - self._started_at
         state = {
             "step": self.clock.step,
@@ -327,7 +339,9 @@ class Loop:
         if state is None:
             return False
         if state["digest"] != self.plan.digest:
-            raise UserError(f"{path} belongs to another recipe or to other data", "resume with the recipe of that folder, or choose another --out")
+            raise UserError(
+                f"{path} belongs to another recipe or to other data", "resume with the recipe of that folder, or choose another --out"
+            )
         for name, module in self.program.modules().items():
             module.load_state_dict(state["modules"][name])
         for name, optimizer in self.optimizers.items():

@@ -67,7 +67,10 @@ class KnowledgeProgram:
     ) -> None:
         self.device = torch.device(device)
         if augment and isinstance(teacher, StoredTeacher):
-            raise UserError("stored teacher outputs belong to inputs as they are, and data.augment changes them", "leave data.augment empty, or use the teacher itself")
+            raise UserError(
+                "stored teacher outputs belong to inputs as they are, and data.augment changes them",
+                "leave data.augment empty, or use the teacher itself",
+            )
         if augment:
             data = data.with_augment(Augment(list(augment)))
         self.method, self.teacher, self.data, self.task, self.training = method, teacher, data, task, training
@@ -78,9 +81,14 @@ class KnowledgeProgram:
         self.steps_per_epoch = self._batches.steps_per_epoch
         self.total = total or steps_of(training, self.steps_per_epoch)
         if training.accumulate > 1 and self._batches.batch_size % training.accumulate:
-            raise UserError(f"a batch of {self._batches.batch_size} cannot be cut into {training.accumulate} equal parts", "set training.batch or training.accumulate")
+            raise UserError(
+                f"a batch of {self._batches.batch_size} cannot be cut into {training.accumulate} equal parts",
+                "set training.batch or training.accumulate",
+            )
         if method.needs_valid and data.valid is None:
-            raise UserError(f"{method.card.id} learns on a validation split, and there is none", "set data.valid, for example data.valid=0.1")
+            raise UserError(
+                f"{method.card.id} learns on a validation split, and there is none", "set data.valid, for example data.valid=0.1"
+            )
 
         method.bind(task)
         example = data.example(min(len(data.train), max(2, len(task.classes)))).to(self.device)
@@ -200,7 +208,9 @@ class KnowledgeProgram:
         metrics = self.task.metrics(logits, labels)
         chance = self.task.chance(labels)
         if metrics[self.task.primary] <= chance:
-            self._pending.append(f"the student is no better than chance ({self.task.primary} {metrics[self.task.primary]:.3f}, chance {chance:.3f})")
+            self._pending.append(
+                f"the student is no better than chance ({self.task.primary} {metrics[self.task.primary]:.3f}, chance {chance:.3f})"
+            )
         return metrics
 
     def vitals(self) -> list[str]:
@@ -219,7 +229,9 @@ class KnowledgeProgram:
             if entropy < COLLAPSED and bool(known.any()):
                 right = float((logits.argmax(-1) == batch.labels)[known].float().mean())
                 if right < 0.5:
-                    alarms.append(f"entropy collapse: outputs are certain (mean entropy {entropy:.1e} nats) and mostly wrong ({right:.0%} right)")
+                    alarms.append(
+                        f"entropy collapse: outputs are certain (mean entropy {entropy:.1e} nats) and mostly wrong ({right:.0%} right)"
+                    )
         return alarms
 
     # ---- what comes out ----
