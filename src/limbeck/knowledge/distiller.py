@@ -128,8 +128,9 @@ class Distiller(Method):
     needs_valid: ClassVar[bool] = False
     labelled_only: ClassVar[bool] = False
 
-    def bind(self, task: Classification) -> None:
-        """Start afresh for a new job: no parts, no state."""
+    def bind(self, task: Classification, complete: bool = False) -> None:
+        """Start afresh for a new job: no parts, no state. `complete`: every sample of the training and validation split has a label."""
+        self.complete = complete
         self.parts = nn.ModuleDict()
         self.state: dict[str, Any] = {}
         self.task = task
@@ -203,6 +204,6 @@ class Distiller(Method):
 
         A part of a batch (gradient accumulation) carries the factor that makes the mean one over the whole batch.
         """
-        value = self.task.hard_loss(logits, batch.labels, **options)
+        value = self.task.hard_loss(logits, batch.labels, complete=self.complete, **options)
         scale = batch.extra.get("labelled_scale")
         return value if scale is None else value * scale

@@ -90,7 +90,8 @@ class KnowledgeProgram:
                 f"{method.card.id} learns on a validation split, and there is none", "set data.valid, for example data.valid=0.1"
             )
 
-        method.bind(task)
+        parts = [split for split in (data.train, data.valid) if split is not None]
+        method.bind(task, complete=all(split.labels is not None and bool(Batch(None, split.labels).labelled.all()) for split in parts))
         example = data.example(min(len(data.train), max(2, len(task.classes)))).to(self.device)
         self.student = method.wrap(student, example).to(self.device)
         self._reader = Reader(self.student, method.wants()[0])

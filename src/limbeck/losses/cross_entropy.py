@@ -20,7 +20,7 @@ def cross_entropy(
     logits: Tensor,
     labels: Tensor,
     *,
-    ignore: int = -1,
+    ignore: int | None = -1,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -30,7 +30,7 @@ def cross_entropy(
     Args:
         logits: `(..., C)`.
         labels: `(...)` int64 class numbers; rows with the label `ignore` are not scored.
-        ignore: the label that hides a row.
+        ignore: the label that hides a row; None when no row is hidden, which saves looking for them.
         label_smoothing: a, between 0 and 1 (Szegedy et al., arXiv 1512.00567).
         weight: `(...)` a factor a row.
         reduction: "mean" over scored rows, "sum", or "none".
@@ -42,6 +42,10 @@ def cross_entropy(
     flat, target = wide(logits), labels
     if logits.ndim != 2:
         flat, target = flat.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    if ignore is None:
+        if weight is None and reduction != "none":
+            return F.cross_entropy(flat, target, label_smoothing=label_smoothing, reduction=reduction)
+        ignore = -1
     if weight is None and reduction != "none":
         total = F.cross_entropy(flat, target, ignore_index=ignore, label_smoothing=label_smoothing, reduction="sum")
         if reduction == "sum":

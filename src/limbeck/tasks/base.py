@@ -23,8 +23,10 @@ class Task(ABC):
         """The name of the headline metric."""
 
     @abstractmethod
-    def hard_loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """The loss against labels; samples without a label are not scored."""
+    def hard_loss(
+        self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, reduction: str = "mean", complete: bool = False
+    ) -> Tensor:
+        """The loss against labels; samples without a label are not scored. `complete` promises that there are none of them."""
 
     @abstractmethod
     def soft_loss(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -65,9 +65,16 @@ class Classification(Task):
         return self.kind == "binary" and logits.shape[-1] == 1
 
     def hard_loss(
-        self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean"
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None = None,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        complete: bool = False,
     ) -> Tensor:
         """Cross-entropy (binary cross-entropy for one column or many labels); samples labelled -1 are not scored.
+
+        `complete` promises that every sample has a label, which saves looking for hidden ones.
 
         >>> Classification(("no", "yes"), "binary").hard_loss(torch.zeros(2, 1), torch.tensor([1, -1]))
         tensor(0.6931)
@@ -83,9 +90,8 @@ class Classification(Task):
             )
         if self.kind == "binary":
             labels = labels.reshape(len(logits)).long()
-        return cross_entropy(
-            logits, labels, ignore=UNLABELLED, label_smoothing=self.label_smoothing, weight=weight, reduction=reduction
-        )
+        ignore = None if complete else UNLABELLED
+        return cross_entropy(logits, labels, ignore=ignore, label_smoothing=self.label_smoothing, weight=weight, reduction=reduction)
 
     def soft_loss(
         self,
