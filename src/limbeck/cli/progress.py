@@ -74,7 +74,9 @@ class Progress(Callback):
             self._said = time.monotonic()
             done = record["step"] - self._first
             left = (time.monotonic() - self._began) / max(done, 1) * (self.total - record["step"])
-            self.console.print(f"{record['phase']}: step {record['step']} of {self.total}  {self.text}  {left:.0f} s left", highlight=False)
+            self.console.print(
+                f"{record['phase']}: step {record['step']} of {self.total}  {self.text}  {left:.0f} s left", highlight=False, soft_wrap=True
+            )
 
     def tick(self, step: int) -> None:
         """Move the bar."""
@@ -93,4 +95,4 @@ class Progress(Callback):
             self._bar = None
 
     def _print(self, text: str) -> None:
-        (self._bar.console if self._bar is not None else self.console).print(text, highlight=False, markup=False)
+        (self._bar.console if self._bar is not None else self.console).print(text, highlight=False, markup=False, soft_wrap=True)
