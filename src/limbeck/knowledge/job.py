@@ -61,6 +61,12 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
     """
     data = models.open_recipe_data(recipe.data, given.get("data"))
     task = models.task_of(recipe, data)
+    watched = recipe.evaluation
+    if (watched.patience or watched.every) and watched.on == "valid" and data.valid is None:
+        what = "patience" if watched.patience else "every"
+        raise UserError(f"evaluation.{what} needs a validation split, and there is none", "set data.valid, for example data.valid=0.1")
+    if recipe.precision == "fp16" and session.device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU, and this run is on the processor", "set precision=bf16 or precision=no")
     networks = models.teacher_networks(recipe, data, session, given)
     session.digest += data.fingerprint
     if "teacher" in given:  # an object has no reference that the recipe could bind a checkpoint to; its weights are what binds
