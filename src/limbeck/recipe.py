@@ -18,10 +18,11 @@ import yaml
 from pydantic import ValidationError
 
 from limbeck.errors import UserError, unknown
-from limbeck.schema import Checkpoints, Data, Evaluation, Method, Model, Recipe, Schooling, Stage, Strict, Teacher, Training
+from limbeck.schema import Checkpoints, Condense, Data, Evaluation, Method, Model, Recipe, Schooling, Stage, Strict, Teacher, Training
 
 __all__ = [
     "Checkpoints",
+    "Condense",
     "Data",
     "Evaluation",
     "Method",

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from limbeck.engine.callbacks import Callback
+    from limbeck.outcome import Outcome
 
-JOBS = {"knowledge": "limbeck.knowledge.job"}
+JOBS = {"knowledge": "limbeck.knowledge.job", "condensation": "limbeck.condensation.job"}
 """Where each wing's job is: a module with `run(recipe, session, given) -> Outcome`."""
 
 NOT_BINDING = ("checkpoints", "trackers", "watch", "stop_on_alarm", "about", "name")
@@ -36,16 +37,37 @@ class Result:
     """What a finished run gives back.
 
     Attributes:
-        student: the distilled network, in evaluation mode.
         summary: what summary.json holds.
         folder: the run's folder.
-        artifacts: every network that was kept, by folder name.
+        artifacts: everything that was kept, by folder name.
     """
 
-    student: nn.Module
     summary: dict[str, Any]
     folder: Path
-    artifacts: dict[str, nn.Module] = field(default_factory=dict)
+    artifacts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def student(self) -> nn.Module:
+        """The distilled network, in evaluation mode.
+
+        Raises:
+            UserError: this run made something else.
+        """
+        return self._artifact("student")
+
+    @property
+    def dataset(self) -> Any:
+        """The synthetic set of a condensation.
+
+        Raises:
+            UserError: this run made something else.
+        """
+        return self._artifact("dataset")
+
+    def _artifact(self, name: str) -> Any:
+        if name not in self.artifacts:
+            raise UserError(f"this run made no {name}", f"it made {', '.join(self.artifacts)}: see result.artifacts")
+        return self.artifacts[name]
 
     def __repr__(self) -> str:
         figures = {role: round(m[self.summary["primary"]], 4) for role, m in self.summary["metrics"].items()}
@@ -236,30 +258,36 @@ def _execute(
         "versions": versions(),
         "command": command,
     }
-    from limbeck.report.card import model_card, teacher_text
-    from limbeck.zoo import save_model
-
-    card = model_card(summary, teacher_text(recipe))
-    for name, network in outcome.artifacts.items():
-        save_model(
-            network,
-            folder / name,
-            card=card,
-            extra={"classes": list(outcome.classes), "method": summary["method"], "metrics": summary["metrics"].get("student", {})},
-        )
-    storage.save_tensors(
-        folder / "predictions.safetensors", {**{f"logits.{k}": v for k, v in outcome.logits.items()}, "labels": outcome.labels}
-    )
+    _keep(recipe, folder, outcome, summary)
     if report:
         from limbeck.report.page import Report, write_report
 
         records = read_log(folder / "log.jsonl")
+        own = None if outcome.sections is None else outcome.sections(summary, records)
         write_report(
             folder / "report.html",
-            Report(recipe.name, summary, records, outcome.logits, outcome.labels, outcome.inputs, outcome.classes, recipe.to_yaml()),
+            Report(recipe.name, summary, records, outcome.logits, outcome.labels, outcome.inputs, outcome.classes, recipe.to_yaml(), own),
         )
     storage.write_json(folder / "summary.json", summary)
-    return Result(outcome.artifacts["student"], summary, folder, outcome.artifacts)
+    return Result(summary, folder, outcome.artifacts)
+
+
+def _keep(recipe: schema.Recipe, folder: Path, outcome: Outcome, summary: dict[str, Any]) -> None:
+    """Write the artifacts into folders of their own, and what was said about the test split."""
+    from limbeck.outcome import Artifact
+    from limbeck.report.card import model_card, teacher_text
+    from limbeck.zoo import save_model
+
+    card = model_card(summary, teacher_text(recipe)) if outcome.card is None else outcome.card(summary)
+    note = {"classes": list(outcome.classes), "method": summary["method"], "metrics": summary["metrics"].get("student", {})}
+    for name, artifact in outcome.artifacts.items():
+        if isinstance(artifact, Artifact):
+            artifact.save(folder / name, card=card, extra=note)
+        else:
+            save_model(artifact, folder / name, card=card, extra=note)
+    if outcome.labels is not None:
+        tensors = {**{f"logits.{k}": v for k, v in outcome.logits.items()}, "labels": outcome.labels}
+        storage.save_tensors(folder / "predictions.safetensors", tensors)
 
 
 def run_recipe(

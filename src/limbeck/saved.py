@@ -93,7 +93,7 @@ def data_of(saved: Saved, source: str | None = None, changes: Sequence[str] = ()
     Raises:
         UserError: no data is known, or it cannot be opened.
     """
-    from limbeck.knowledge.models import open_recipe_data
+    from limbeck.models import open_recipe_data
 
     for change in changes:
         if not change.startswith(("data", "evaluation", "device", "threads", "task")):
@@ -112,8 +112,8 @@ def data_of(saved: Saved, source: str | None = None, changes: Sequence[str] = ()
 
 
 def _session(saved: Saved, recipe: schema.Recipe, data: Data) -> Session:
-    from limbeck.knowledge.models import check_input
     from limbeck.knowledge.surroundings import surroundings
+    from limbeck.models import check_input
 
     session = surroundings(recipe)
     saved.network.to(session.device)
@@ -133,7 +133,7 @@ def measure(saved: Saved, source: str | None = None, changes: Sequence[str] = ()
     """
     from limbeck.evaluation.cost import cost
     from limbeck.evaluation.predict import predict
-    from limbeck.knowledge.models import task_of
+    from limbeck.models import task_of
 
     recipe, data = data_of(saved, source, changes)
     if recipe.evaluation.final == "valid" and data.valid is not None:

@@ -191,6 +191,48 @@ class Evaluation(Strict):
     final: Literal["test", "valid"] = "test"
 
 
+class Condense(Strict):
+    """What the condensation wing makes and how it is judged. Used by its methods only.
+
+    `per_class`: synthetic images for each class. `siamese`: differentiable augmentation while matching, operations joined by `_`
+    (color, crop, cutout, flip, scale, rotate); "" for none. `format`: how pixels are stored. `students`: how a fresh network is trained on
+    a set, the same for every set; with several `lrs` the best one is chosen for each set on the validation split. `seeds`: students for
+    each set and network. `networks`: further architectures that the set is tried on, beside the recipe's `student`. `baselines`:
+    selections that the set is compared with (`limbeck methods --wing condensation`). `whole`: also train on the whole set, with
+    `whole_training`. `scores`: also measure with hard labels and under augmentation (label- and augmentation-robust scores).
+    `budgets`: further numbers of images a class at which the baselines are measured, for the curve over the budget.
+    """
+
+    per_class: Positive = 1
+    siamese: str = ""
+    format: Literal["uint8", "float16", "float32"] = "uint8"
+    students: Training = Field(
+        default_factory=lambda: Training(
+            steps=300, batch=256, optimizer="sgd", lr=0.05, weight_decay=5e-4, schedule="step", milestones=(0.5,), warmup=0, nesterov=False
+        )
+    )
+    augment: list[str] = Field(default_factory=list)
+    lrs: list[Annotated[float, Field(gt=0)]] = Field(default_factory=list)
+    seeds: Positive = 3
+    networks: list[Model] = Field(default_factory=list)
+    baselines: list[Method] = Field(default_factory=list)
+    whole: bool = False
+    whole_training: dict[str, Any] = Field(default_factory=lambda: {"epochs": 20, "batch": 64})
+    scores: bool = False
+    budgets: list[Positive] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _students(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("students"), Mapping):
+            usual = cls.model_fields["students"].get_default(call_default_factory=True).model_dump()
+            given = dict(value["students"])
+            if given.get("epochs") is not None and "steps" not in given:
+                given["steps"] = None
+            return {**value, "students": {**usual, **given}}
+        return value
+
+
 class Checkpoints(Strict):
     """When the state of a run is saved: after so many seconds and, if given, so many steps; the newest `keep` stay."""
 
@@ -209,6 +251,7 @@ class Recipe(Strict):
     student: Model = Field(default_factory=lambda: Model(model="cnn"))
     data: Data = Field(default_factory=Data)
     training: Training = Field(default_factory=Training)
+    condense: Condense | None = None
     stages: list[Stage] = Field(default_factory=list)
     task: Literal["auto", "multiclass", "multilabel", "binary"] = "auto"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -231,8 +274,11 @@ class Recipe(Strict):
         return self
 
     def data_as_written(self) -> dict[str, Any]:
-        """The whole recipe as plain data, defaults included."""
-        return self.model_dump(mode="json")
+        """The whole recipe as plain data, defaults included (a wing's own block only where it is used)."""
+        raw = self.model_dump(mode="json")
+        if self.condense is None:
+            del raw["condense"]
+        return raw
 
     def to_yaml(self) -> str:
         """The whole recipe as YAML, defaults included; `limbeck run` takes the file back."""

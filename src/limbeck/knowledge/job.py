@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from limbeck.knowledge import models
 from limbeck.knowledge.methods.alone import Alone
 from limbeck.knowledge.program import KnowledgeProgram, steps_of
 from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
+from limbeck.outcome import Outcome
 from limbeck.signals.store import model_fingerprint
 from limbeck.tasks import Classification
 
@@ -29,26 +30,6 @@ CEILING_NOTE = (
     "The same student and budget, but with the label of every training sample: what the student could reach if nothing were hidden. "
     "Neither the distilled student nor the student alone saw those labels."
 )
-
-
-@dataclass
-class Outcome:
-    """What a job hands to the run.
-
-    Attributes:
-        artifacts: networks to keep, by folder name ("student").
-        summary: `metrics`, `cost`, `agreement`, `data`, `notes`, `method` for summary.json.
-        logits: `(N, C)` on the test split by role.
-        labels, inputs: of the test split; `inputs` is None when they are no pictures.
-        classes: names of the classes.
-    """
-
-    artifacts: dict[str, nn.Module]
-    summary: dict[str, Any]
-    logits: dict[str, Tensor] = field(default_factory=dict)
-    labels: Tensor | None = None
-    inputs: Tensor | None = None
-    classes: tuple[str, ...] = ()
 
 
 def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Outcome:

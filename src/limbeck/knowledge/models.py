@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from limbeck import __version__, places, storage, zoo
+from limbeck import __version__, places, storage
 from limbeck import method as registry
 from limbeck import recipe as schema
-from limbeck.data import Data, open_data
-from limbeck.engine.session import Session, seed_everything
+from limbeck.data import Data
+from limbeck.engine.session import Session
 from limbeck.errors import UserError
 from limbeck.knowledge.distiller import Distiller
 from limbeck.knowledge.program import KnowledgeProgram
@@ -27,34 +26,8 @@ from limbeck.knowledge.teachers import (
     StoredTeacher,
     Teacher,
 )
-from limbeck.signals import anatomy
+from limbeck.models import build, check_input, kept, open_recipe_data, task_of
 from limbeck.signals.store import Store, model_fingerprint
-from limbeck.tasks import Classification
-
-
-def open_recipe_data(spec: schema.Data, given: Any = None) -> Data:
-    """The data set of a recipe (or the object that stands for it)."""
-    source = spec.source if given is None else given
-    options = {
-        key: getattr(spec, key) for key in ("train", "valid", "test", "labelled", "label", "size", "channels", "seed", "label_noise")
-    }
-    if isinstance(source, Data):
-        return source
-    for name in spec.args:
-        if name in options or name in ("kind", "augment"):
-            raise UserError(f"data.args.{name} is a key of data itself", f"write data.{name}")
-    return open_data(source, **options, **spec.args)
-
-
-def task_of(recipe: schema.Recipe, data: Data) -> Classification:
-    """What outputs mean, from the recipe or, with `task: auto`, from the labels.
-
-    Raises:
-        UserError: the data has no labels and so no classes.
-    """
-    if not data.classes:
-        raise UserError(f"the data {data.name} has no labels, so its classes are unknown", "name the label column with data.label")
-    return Classification(data.classes, kind=data.kind if recipe.task == "auto" else recipe.task, label_smoothing=recipe.label_smoothing)
 
 
 def make_method(spec: schema.Method, given: Any = None) -> Distiller:
@@ -65,45 +38,6 @@ def make_method(spec: schema.Method, given: Any = None) -> Distiller:
             f"{spec.id} belongs to the wing {made.card.wing}, not to knowledge", "`limbeck methods --wing knowledge` lists this wing's"
         )
     return made
-
-
-def build(spec: schema.Model, data: Data, seed: int, role: str) -> nn.Module:
-    """A network from its reference, with its weights if some are named; `seed` decides its first weights."""
-    seed_everything(seed, "network")
-    # a student of more classes than the data is the user's mistake to see, so an explicit `classes` argument wins over the data's
-    args = {"input_shape": data.input_shape, "classes": len(data.classes), **spec.args}
-    try:
-        network = zoo.build(spec.model, **args)
-        if spec.weights:
-            path = Path(spec.weights).expanduser()
-            if path.is_dir():
-                network = zoo.load_model(path, model=network)
-            else:
-                tensors = storage.load_tensors(path)
-                try:
-                    network.load_state_dict(tensors)
-                except RuntimeError as error:
-                    raise UserError(
-                        f"{path} does not fit {spec.model}: {str(error).splitlines()[-1]}", "give the weights of this very network"
-                    ) from None
-    except UserError as error:
-        raise UserError(f"{role}: {error.message}", error.hint) from None
-    return network
-
-
-def check_input(network: nn.Module, data: Data, session: Session, role: str) -> None:
-    """One forward pass on two samples: a network that cannot read the data is named now, not in the middle of training."""
-    example = data.example(2).to(session.device)
-    try:
-        anatomy(network, example.inputs)
-    except UserError:
-        raise
-    except Exception as error:  # a network may fail in any way; the message is all that helps
-        shape = tuple(data.input_shape)
-        raise UserError(
-            f"{role}: the network cannot read samples of shape {shape}: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
-            f"give the {role} inputs of the shape it was made for (data.size, data.channels), or build it with args.input_shape",
-        ) from None
 
 
 def school_data(spec: schema.Model, recipe: schema.Recipe, data: Data, given: Any = None) -> Data:
@@ -149,39 +83,24 @@ def schooled(
     school, method = spec.train, make_method(spec.train.method) if spec.train else None
     assert school is not None and method is not None
     own = school_data(spec, recipe, data, given_data)
-    folder, content = kept_at(spec, network, recipe, own, session)
-    key = folder.name
-    from filelock import FileLock
+    _, content = kept_at(spec, network, recipe, own, session)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f"{key}.lock"):
-        if folder.is_dir():
-            try:
-                return zoo.load_model(folder, model=network)
-            except UserError as error:
-                session.notes.append(f"the kept {phase} in {folder} cannot be used and is trained again: {error.message}")
-                shutil.rmtree(folder)
-        work = folder.parent / f"{key}.training"
-        task = task_of(recipe, own)
+    def train(work: Path, key: str) -> nn.Module:
         program = KnowledgeProgram(
             method,
             network.to(session.device),
             Teacher(),
             own.to(session.device),
-            task,
+            task_of(recipe, own),
             school,
             seed=school.seed,
             augment=school.data.get("augment", recipe.data.augment),
             device=session.device,
         )
         session.fit(program, phase, seed=school.seed, folder=work, digest=key, evaluate=False)
-        trained = program.finish()
-        draft = folder.parent / f".{key}.tmp"
-        shutil.rmtree(draft, ignore_errors=True)
-        zoo.save_model(trained, draft, extra={"made_from": content})
-        draft.rename(folder)
-        shutil.rmtree(work, ignore_errors=True)
-        return trained
+        return program.finish()
+
+    return kept(content, network, session, phase, train)
 
 
 def teacher_networks(recipe: schema.Recipe, data: Data, session: Session, given: Mapping[str, Any]) -> dict[str, nn.Module]:

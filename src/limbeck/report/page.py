@@ -35,6 +35,7 @@ class Report:
         inputs: `(N, C, H, W)` images of the test split in any value range, or None.
         classes: names of the classes.
         recipe_yaml: the resolved recipe.
+        own: parts of a wing of its own, shown after the table in place of those of a classifier; None for these.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Report:
     inputs: Tensor | None = None
     classes: tuple[str, ...] = ()
     recipe_yaml: str = ""
+    own: list[Section] | None = None
 
 
 @dataclass
@@ -73,7 +75,8 @@ class Section:
 def _table(report: Report) -> Section:
     titles, rows = tables.run_rows(report.summary)
     part = Section("table", "Result", head=titles if rows else (), rows=rows)
-    part.text = "Measured on the test split after the last step, never on the best one. Calibration error is the expected one (ECE)."
+    usual = "Measured on the test split after the last step, never on the best one. Calibration error is the expected one (ECE)."
+    part.text = (report.summary.get("table") or {}).get("text", usual)
     if not rows:
         part.text, part.absent = "", ["No table: the run recorded no metrics."]
     return part
@@ -165,8 +168,9 @@ def _cost(report: Report) -> Section:
 
 def _terms(report: Report) -> Section:
     part = Section("terms", "Loss terms and alarms")
-    part.picture(figures.terms(report.log, "share"), "share of each term in the update", "No shares: the log does not hold them.")
-    part.picture(figures.terms(report.log, "norm"), "gradient norm of each term", "No gradient norms: the log does not hold them.")
+    phase = report.summary.get("main_phase", "student")
+    part.picture(figures.terms(report.log, "share", phase), "share of each term in the update", "No shares: the log does not hold them.")
+    part.picture(figures.terms(report.log, "norm", phase), "gradient norm of each term", "No gradient norms: the log does not hold them.")
     part.alarms = [f"{a.get('phase', 'run')}, step {a.get('step', '?')}: {a['alarm']}" for a in report.log if a.get("alarm")]
     part.text = f"{len(part.alarms)} alarm(s)." if part.alarms else "No alarm was raised."
     return part
@@ -217,8 +221,10 @@ def render_report(report: Report) -> str:
     clean = Report(**{**vars(report), "logits": {k: v.detach().float().cpu() for k, v in report.logits.items()}})
     clean.labels = None if report.labels is None else report.labels.detach().cpu().to(torch.int64)
     clean.inputs = None if report.inputs is None else report.inputs.detach().cpu()
-    parts = (_table, _ceiling, _curves, _disagreement, _reliability, _cost, _terms, _facts, _recipe, _command)
-    return _render(report.title, tables.headline(report.summary), [part(clean) for part in parts])
+    usual = (_ceiling, _curves, _disagreement, _reliability, _cost)
+    own = [part(clean) for part in usual] if report.own is None else report.own
+    last = [part(clean) for part in (_terms, _facts, _recipe, _command)]
+    return _render(report.title, tables.headline(report.summary), [_table(clean), *own, *last])
 
 
 def write_report(path: str | Path, report: Report) -> None:

@@ -81,6 +81,8 @@ def run_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]
     Returns:
         The titles, and per model `{"key", "name", "cells"}` with as many cells as there are titles after the first.
     """
+    if "table" in summary:  # a wing with a table of its own
+        return list(summary["table"]["head"]), list(summary["table"]["rows"])
     metrics: Mapping[str, Any] = summary.get("metrics") or {}
     costs: Mapping[str, Any] = summary.get("cost") or {}
     metric = main_metric(metrics)
@@ -114,6 +116,8 @@ def headline(summary: Mapping[str, Any]) -> str:
     """What came out, in a sentence or two of plain text."""
     from limbeck.evaluation.statistics import higher_is_better
 
+    if "headline" in summary:  # a wing that speaks for itself
+        return str(summary["headline"])
     metrics, costs = summary.get("metrics") or {}, summary.get("cost") or {}
     metric = main_metric(metrics)
     student = (metrics.get("student") or {}).get(metric)

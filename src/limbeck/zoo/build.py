@@ -15,6 +15,7 @@ from torch import nn
 from limbeck.data.arguments import check_arguments
 from limbeck.errors import UserError, nearest, unknown
 from limbeck.zoo.cnn import CNN
+from limbeck.zoo.convnet import ConvNet
 from limbeck.zoo.dual_head import DualHeaded
 from limbeck.zoo.efficientnet import EfficientNetLite0
 from limbeck.zoo.linear import Linear
@@ -27,6 +28,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "linear": Linear,
     "mlp": MLP,
     "cnn": CNN,
+    "convnet": ConvNet,
     "resnet": ResNet,
     "vit": ViT,
     "mixer": Mixer,

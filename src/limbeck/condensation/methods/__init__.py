@@ -1,0 +1,1 @@
+"""One file a method; the file's name is the method's id."""
