@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Card": "limbeck.method",
+    "Condenser": "limbeck.condensation.condenser",
     "Data": "limbeck.data",
     "Distiller": "limbeck.knowledge.distiller",
     "Method": "limbeck.method",
@@ -18,6 +19,7 @@ _HOMES = {
     "UserError": "limbeck.errors",
     "compare": "limbeck.trials",
     "distill": "limbeck.run",
+    "load_dataset": "limbeck.condensation.judging",
     "load_recipe": "limbeck.recipe",
     "load_student": "limbeck.run",
     "open_data": "limbeck.data",

@@ -56,6 +56,10 @@ def open_saved(path: str | Path, model: str | None = None) -> Saved:
         raise UserError(
             f"there is no folder {path}", "give the folder of a run, such as runs/digits-kd-001, or the student/ folder inside it"
         )
+    if (path / "dataset").is_dir() or (path / "set.json").is_file():
+        raise UserError(
+            f"{path} holds a synthetic set, not a network", "open it with limbeck.load_dataset(folder); `limbeck evaluate` judges it again"
+        )
     run = path if (path / "recipe.yaml").is_file() else path.parent if (path.parent / "recipe.yaml").is_file() else None
     folder = path / "student" if run == path else path
     if run == path and not folder.is_dir():

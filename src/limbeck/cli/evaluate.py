@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from limbeck.errors import UserError
+
 
 def evaluate(
     path: Annotated[Path, typer.Argument(help="A run's folder, or the folder of a saved student.")],
@@ -23,13 +25,20 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="A JSON object for programs.")] = False,
 ) -> None:
-    """Measure a saved student again: its metrics on the test split, and what it costs.
+    """Measure a saved student again: its metrics on the test split, and what it costs. A synthetic set is judged again.
 
     The data are those of the run that made it, unless others are named. Where the run recorded its figures, they stand beside the
     new ones: on the same data and machine they must be equal.
 
     Examples: limbeck evaluate runs/digits-kd-001 | limbeck evaluate runs/digits-kd-001 --data csv:new.csv --json
     """
+    from limbeck.condensation.judging import is_set
+
+    if is_set(path):
+        if data is not None or model is not None:
+            raise UserError("--data and --model are for networks, and this is a synthetic set", "change its run's recipe with --set")
+        _judge(path, list(set or []), json)
+        return
     from limbeck.saved import measure, open_saved
 
     found = measure(open_saved(path, model), data, list(set or []))
@@ -37,6 +46,30 @@ def evaluate(
         print(json_module.dumps(found, indent=1))
         return
     _print(found)
+
+
+def _judge(path: Path, changes: list[str], json: bool) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from limbeck.condensation.judging import judge
+    from limbeck.report.tables import ABSENT, human, percent
+
+    found = judge(path, changes)
+    if json:
+        print(json_module.dumps(found, indent=1))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, title in enumerate(("trained on the set", "accuracy", "recorded", "learning rate")):
+        table.add_column(title, justify="right" if number else "left")
+    for name, score in found["scores"].items():
+        before = found["recorded"].get(name)
+        now = f"{100 * score['mean']:.1f} ± {100 * score['std']:.1f} %"
+        table.add_row(name, now, ABSENT if before is None else percent(before), f"{score['lr']:g}")
+    Console().print(table)
+    parts = ", ".join(f"{name} {size}" for name, size in found["bytes"].items())
+    print(f"{found['samples']} samples, {human(sum(found['bytes'].values()), 'B')} ({parts})")
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -23,9 +23,10 @@ def run(
 
     Trains the teacher if the recipe says so (once; it is kept), distils it into the student, trains the same student alone for
     comparison, measures all of them on the test split, and writes a folder with student/, report.html, summary.json and log.jsonl.
+    A recipe of the condensation wing makes dataset/ instead, and compares it with real samples of the same number.
     Ctrl-C saves the state; the same command with --out FOLDER --resume goes on.
 
-    Examples: limbeck run digits | limbeck run digits --set method=pld --set seed=3 | limbeck run my.yaml --out runs/mine
+    Examples: limbeck run digits | limbeck run tiny-digits | limbeck run digits --set method=pld | limbeck run my.yaml --out runs/mine
     """
     from limbeck import recipe as schema
     from limbeck.errors import UserError
@@ -67,4 +68,5 @@ def print_result(result) -> None:
     for text in (*result.summary["warnings"], *result.summary["alarms"]):
         console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
     print(f"report:  {result.folder / 'report.html'}")
-    print(f"student: {result.folder / 'student'}")
+    for name in result.artifacts:
+        print(f"{name + ':':<8} {result.folder / name}")

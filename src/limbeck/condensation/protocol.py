@@ -104,9 +104,12 @@ class Protocol:
             raise UserError("evaluation.final is valid, and there is no validation split", "set data.valid, for example data.valid=0.2")
         self.split = data.test if recipe.evaluation.final == "test" else data.valid
         self.task = Classification(data.classes)
-        self.architectures: dict[str, Callable[[], nn.Module]] = {_name(recipe.student): problem.network}
-        for spec in self.condense.networks:
-            self.architectures.setdefault(_name(spec), self._maker(spec))
+        specs = [recipe.student, *self.condense.networks]
+        self.architectures: dict[str, Callable[[], nn.Module]] = {}
+        for number, spec in enumerate(specs):
+            alone = sum(other.model == spec.model for other in specs) == 1
+            name = spec.model if alone or number == 0 else _name(spec)
+            self.architectures.setdefault(name, problem.network if number == 0 else self._maker(spec))
         self.inner = next(iter(self.architectures))
         folder = problem.session.folder
         self._file = None if folder is None else folder / "scores.json"

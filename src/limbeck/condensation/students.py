@@ -150,6 +150,7 @@ class StudentsProgram:
         first = self.networks[0]
         # buffers (BatchNorm) would have to be stacked and written back; such networks run one after the other
         self.stacked = len(networks) > 2 and lessons.batch <= STACKED_BATCH and not any(True for _ in first.buffers())
+        self._named = [dict(network.named_parameters()) for network in self.networks]
         self._forward = vmap(lambda weights, x: functional_call(first, weights, (x,)), (0, None), randomness="different")
 
     def modules(self) -> dict[str, nn.Module]:
@@ -172,8 +173,7 @@ class StudentsProgram:
 
     def losses(self, turn: str, batch: Lesson, clock: Clock) -> dict[str, Tensor]:
         if self.stacked:
-            named = [dict(network.named_parameters()) for network in self.networks]
-            weights = {name: torch.stack([own[name] for own in named]) for name in named[0]}
+            weights = {name: torch.stack([own[name] for own in self._named]) for name in self._named[0]}
             said: Sequence[Tensor] = self._forward(weights, batch.x).unbind(0)
         else:
             said = [network(batch.x) for network in self.networks]

@@ -1,0 +1,77 @@
+"""A synthetic set that was saved: opened together with the recipe of its run, and judged again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck import models
+from limbeck import recipe as schema
+from limbeck.condensation.job import open_problem
+from limbeck.condensation.protocol import Protocol
+from limbeck.condensation.synthetic import SyntheticSet
+from limbeck.engine.session import Session, choose_device
+from limbeck.errors import UserError
+
+
+def is_set(path: str | Path) -> bool:
+    """Whether a folder is a synthetic set, or a run that made one."""
+    path = Path(path).expanduser()
+    return any((folder / "set.json").is_file() for folder in (path, path / "dataset"))
+
+
+def judge(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Score a saved set by the protocol of the run that made it.
+
+    Args:
+        path: the run's folder, or its `dataset/` folder while it lies there.
+        changes: `condense.key=value`, `data.key=value` or `seed=` overrides, for example other networks.
+
+    Returns:
+        `path`, `samples`, `bytes` by part, `scores` by architecture (accuracies, mean, std, lr), and `recorded`: the means that the run
+        recorded.
+
+    Raises:
+        UserError: there is no set or no recipe, or the data has another shape.
+    """
+    import torch
+
+    path = Path(path).expanduser()
+    made = SyntheticSet.load(path)
+    run = next((folder for folder in (path, path.parent) if (folder / "recipe.yaml").is_file()), None)
+    if run is None:
+        raise UserError(f"{path} lies outside its run, so its protocol is unknown", "name the folder of the run that made it")
+    text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = schema.resolve(schema.parse_yaml(text, str(run / "recipe.yaml")), str(run / "recipe.yaml"), list(changes))
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    session = Session(device=choose_device(recipe.device))
+    data = models.open_recipe_data(recipe.data)
+    problem = open_problem(recipe, data, session, {})
+    if tuple(made.images.shape[1:]) != problem.input_shape:
+        shape = tuple(made.images.shape[1:])
+        raise UserError(f"the set has samples of shape {shape}, the data {problem.input_shape}", "name the data that it was made from")
+    made = made.to(session.device)
+    protocol = Protocol(problem, recipe)
+    scores = {name: protocol.score(made, name) for name in protocol.architectures}
+    file = run / "summary.json"
+    recorded: Mapping[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    before = (recorded.get("scores") or {}).get(recorded.get("method"), {})
+    return {
+        "path": str(path),
+        "samples": len(made),
+        "bytes": made.bytes(),
+        "scores": {n: {"accuracies": s.accuracies, "mean": s.mean, "std": s.std, "lr": s.lr} for n, s in scores.items()},
+        "recorded": {name: sum(found["accuracies"]) / len(found["accuracies"]) for name, found in before.items()},
+    }
+
+
+def load_dataset(folder: str | Path) -> SyntheticSet:
+    """Open the synthetic set of a run (or any folder that `SyntheticSet.save` wrote).
+
+    Args:
+        folder: a run's folder, or the `dataset/` folder inside it.
+    """
+    return SyntheticSet.load(folder)
