@@ -67,6 +67,13 @@ class Condenser(Method):
         """The terms of one turn, by name: scalars that the engine sums and back-propagates."""
         raise NotImplementedError
 
+    def views(self, x: Tensor) -> Tensor:
+        """Synthetic samples `(B, ...)` as the matching sees them: `(k * B, ...)`, copies behind the originals; usually as they are.
+
+        Matching methods call it right before augmentation; `fyi` replaces it in the method that it wraps.
+        """
+        return x
+
     def after_step(self, set: SyntheticSet, problem: Problem, clock: Clock) -> None:
         """After the optimiser's step: clamps, averages, memories."""
 

@@ -18,6 +18,7 @@ from limbeck.data.choose import generator
 from limbeck.data.split import Split, TensorSplit
 from limbeck.engine.session import Session
 from limbeck.errors import UserError
+from limbeck.signals import Anatomy, Reader, anatomy
 
 _CHUNK = 4096
 
@@ -170,8 +171,6 @@ class Problem:
             return x.flatten(1)
         if not self.teachers:
             raise UserError("features of a teacher were asked for, and the recipe names none", "set `teacher`, or features=inputs")
-        from limbeck.signals import Reader
-
         reader = Reader(next(iter(self.teachers.values())), ("embedding",))
         with torch.no_grad():
             return torch.cat([reader(part).embedding for part in x.split(_CHUNK)])
@@ -184,12 +183,28 @@ class Problem:
         with torch.random.fork_rng(devices=[]):
             return self.network()
 
-    def network(self) -> nn.Module:
-        """A new inner network with random weights from torch's global generator, on the device, in training mode."""
+    def network(self, reuse: nn.Module | None = None) -> nn.Module:
+        """A new inner network with random weights from torch's global generator, on the device, in training mode.
+
+        Args:
+            reuse: an inner network that is no longer needed; its weights are drawn again in place where that gives the same
+                distribution (several times faster than making one), else its place is taken by a new one.
+        """
+        if reuse is not None and getattr(reuse, "plain_start", False):
+            return fresh(reuse)
         if isinstance(self._inner, nn.Module):
             return fresh(copy.deepcopy(self._inner)).to(self.device).train()
         args = {"input_shape": self.input_shape, "classes": self.classes, **self._inner.args}
         return zoo.build(self._inner.model, **args).to(self.device).train()
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Where the inner network's embedding and stages are."""
+        return anatomy(self.template, torch.zeros(2, *self.input_shape, device=self.device))
+
+    def reader(self, network: nn.Module, *wants: str) -> Reader:
+        """Reads signals of an inner network ("embedding", "stages", module paths) with gradient."""
+        return Reader(network, wants, anatomy=self.anatomy, stop_early="logits" not in wants)
 
     # ---- sets ----
 

@@ -19,6 +19,8 @@ class CNN(Network):
         depth: stages. On digits, width 8 and depth 3 make 3 778 parameters, width 30 and depth 4 make 115 k.
     """
 
+    plain_start = True
+
     def __init__(self, input_shape: tuple[int, ...], classes: int, width: int = 8, depth: int = 3) -> None:
         channels = pictures(input_shape, "cnn")[0]
         positive("cnn", width=width, depth=depth)

@@ -41,6 +41,8 @@ class ConvNet(Network):
         pool: "avg" or "max".
     """
 
+    plain_start = True
+
     def __init__(
         self, input_shape: tuple[int, ...], classes: int, width: int = 128, depth: int = 3, norm: str = "instance", pool: str = "avg"
     ) -> None:

@@ -17,5 +17,7 @@ class Linear(Network):
         classes: logits.
     """
 
+    plain_start = True
+
     def __init__(self, input_shape: tuple[int, ...], classes: int) -> None:
         super().__init__(nn.Flatten(), [nn.Identity()], nn.Identity(), math.prod(input_shape), classes)

@@ -18,6 +18,8 @@ class MLP(Network):
         widths: outputs of each stage.
     """
 
+    plain_start = True
+
     def __init__(self, input_shape: tuple[int, ...], classes: int, widths: tuple[int, ...] = (64, 64)) -> None:
         stages: list[nn.Module] = []
         size = math.prod(input_shape)

@@ -29,9 +29,11 @@ class Network(nn.Module):
 
     Attributes:
         limbeck_config: `{"ref", "args"}` by which `limbeck.zoo.build` makes it again; set by `build`.
+        plain_start: first weights are what each layer's `reset_parameters` draws, so that a network can be drawn again in place.
     """
 
     limbeck_config: dict[str, Any]
+    plain_start: bool = False
 
     def __init__(self, stem: nn.Module, stages: list[nn.Module], pool: nn.Module, width: int, classes: int) -> None:
         super().__init__()
