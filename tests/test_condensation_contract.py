@@ -1,4 +1,4 @@
-"""Every registered condenser, a few outer steps: finite, deterministic, gradient reaches the set, teachers' bits stay, resume equals no-stop."""
+"""Every registered condenser, a few steps: finite, deterministic, the set moves, teachers keep their bits, resume equals no-stop."""
 
 import copy
 

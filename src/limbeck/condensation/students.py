@@ -103,10 +103,9 @@ def lessons(set: SyntheticSet, batch: int, augment: Sequence[str] = (), seed: in
     """The batches that students of a set see, as its `how` says."""
     if set.view_logits is not None:
         return Replayed(set, batch)
-    with torch.no_grad():
-        x, y, z = set.samples()
+    x, y, z = set.samples()
     rows = set.targets if set.targets is not None else z
-    return Lessons(x, y if rows is None else rows.detach(), batch, augment, set.how["mix"], set.how["alpha"], seed)
+    return Lessons(x.detach(), y if rows is None else rows.detach(), batch, augment, set.how["mix"], set.how["alpha"], seed)
 
 
 def lesson_loss(logits: Tensor, y: Tensor, loss: str = "ce", temperature: float = 1.0) -> Tensor:

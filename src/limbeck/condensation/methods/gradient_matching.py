@@ -88,8 +88,8 @@ class GradientMatching(Condenser):
         if (clock.step + 1) % self._outer == 0:
             return
         optimizer = torch.optim.SGD(self._network.parameters(), self.lr_network)
-        with torch.no_grad():
-            x, y = set.decode()
+        x, y = set.decode()
+        x = x.detach()  # the network's training must leave no gradient on the images
         for _ in range(self._inner):
             for index in torch.randperm(len(x)).split(self.batch_inner):
                 index = index.to(x.device)
