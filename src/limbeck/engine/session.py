@@ -82,6 +82,8 @@ class Session:
             digest: what else a checkpoint must agree with.
             evaluate: whether the program is measured while it trains.
         """
+        # what has a place of its own (a kept teacher, an expert) is shared by runs: it is bound to what made it, not to this recipe
+        binding = [self.digest, digest, phase] if folder is None else [digest, phase]
         if folder is None and self.folder is not None:
             folder = self.folder / "checkpoints" / phase
         every = self.evaluation.every if self.evaluation is not None and evaluate else 0
@@ -99,7 +101,7 @@ class Session:
             patience=patience,
             watch=self.watch,
             precision=self.precision,
-            digest=storage.fingerprint([self.digest, digest, phase]),
+            digest=storage.fingerprint(binding),
             stop_on_alarm=self.stop_on_alarm,
         )
         seed_everything(seed, phase)
