@@ -172,7 +172,7 @@ def _baseline(spec: schema.Method, method: Condenser, made: SyntheticSet, proble
     own.prepare(problem)
     found = own.finish(own.begin(problem), problem)
     name = own.card.id
-    if made.soft:
+    if made.soft or made.targets is not None:
         softened = method.soften(found, problem)
         if softened is None:
             raise UserError(f"{method.card.id} made soft labels and cannot give them to other images", "its `soften` is missing")

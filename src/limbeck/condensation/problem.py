@@ -183,18 +183,27 @@ class Problem:
         with torch.random.fork_rng(devices=[]):
             return self.network()
 
-    def network(self, reuse: nn.Module | None = None) -> nn.Module:
+    def network(self, reuse: nn.Module | None = None, outputs: int | None = None) -> nn.Module:
         """A new inner network with random weights from torch's global generator, on the device, in training mode.
 
         Args:
             reuse: an inner network that is no longer needed; its weights are drawn again in place where that gives the same
                 distribution (several times faster than making one), else its place is taken by a new one.
+            outputs: width of the head; None for the number of classes.
+
+        Raises:
+            UserError: another width is asked for and the inner network was given as an object.
         """
         if reuse is not None and getattr(reuse, "plain_start", False):
             return fresh(reuse)
         if isinstance(self._inner, nn.Module):
+            if outputs not in (None, self.classes):
+                raise UserError(
+                    f"the inner network was given as an object with a head for {self.classes} classes, and {outputs} outputs are needed",
+                    "name an embedded network instead, for example student=convnet",
+                )
             return fresh(copy.deepcopy(self._inner)).to(self.device).train()
-        args = {"input_shape": self.input_shape, "classes": self.classes, **self._inner.args}
+        args = {"input_shape": self.input_shape, "classes": outputs or self.classes, **self._inner.args}
         return zoo.build(self._inner.model, **args).to(self.device).train()
 
     @cached_property

@@ -105,21 +105,28 @@ class Protocol:
         self.split = data.test if recipe.evaluation.final == "test" else data.valid
         self.task = Classification(data.classes)
         specs = [recipe.student, *self.condense.networks]
-        self.architectures: dict[str, Callable[[], nn.Module]] = {}
+        self.architectures: dict[str, Callable[[int | None], nn.Module]] = {}
         for number, spec in enumerate(specs):
             alone = sum(other.model == spec.model for other in specs) == 1
             name = spec.model if alone or number == 0 else _name(spec)
-            self.architectures.setdefault(name, problem.network if number == 0 else self._maker(spec))
+            self.architectures.setdefault(name, self._inner if number == 0 else self._maker(spec))
         self.inner = next(iter(self.architectures))
         folder = problem.session.folder
         self._file = None if folder is None else folder / "scores.json"
         self._known: dict[str, Any] = _read(self._file)
         self._cached: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def _maker(self, spec: schema.Model) -> Callable[[], nn.Module]:
+    def _inner(self, outputs: int | None) -> nn.Module:
+        return self.problem.network(outputs=outputs)
+
+    def _maker(self, spec: schema.Model) -> Callable[[int | None], nn.Module]:
         problem = self.problem
-        args = {"input_shape": problem.input_shape, "classes": problem.classes, **spec.args}
-        return lambda: zoo.build(spec.model, **args).to(problem.device)
+
+        def make(outputs: int | None) -> nn.Module:
+            args = {"input_shape": problem.input_shape, "classes": outputs or problem.classes, **spec.args}
+            return zoo.build(spec.model, **args).to(problem.device)
+
+        return make
 
     def _part(self, name: str) -> tuple[Tensor, Tensor]:
         if name not in self._cached:
@@ -131,12 +138,16 @@ class Protocol:
             self._cached[name] = x[known.to(x.device)], split.labels[known].to(x.device)
         return self._cached[name]
 
-    def students(self, architecture: str, count: int) -> list[nn.Module]:
-        """Fresh networks; the k-th of them has the same first weights for every set."""
+    def students(self, architecture: str, count: int, outputs: int | None = None) -> list[nn.Module]:
+        """Fresh networks; the k-th of them has the same first weights for every set.
+
+        Args:
+            outputs: width of the head; None for the classes.
+        """
         made = []
         for number in range(count):
             with own_randomness(self.problem.seed, 77, number):
-                made.append(self.architectures[architecture]())
+                made.append(self.architectures[architecture](outputs))
         return made
 
     # ---- one set, one architecture ----
@@ -151,11 +162,13 @@ class Protocol:
         """
         architecture = architecture or self.inner
         augment = list(self.condense.augment if augment is None else augment)
-        if set.targets is not None:
-            raise UserError("a set with learnt targets instead of classes cannot train a classifier", "it is judged by `probe`")
-        content = {name: getattr(set, name) for name in ("images", "labels", "patterns", "compose", "logits", "view_logits")}
+        content = {name: getattr(set, name) for name in ("images", "labels", "patterns", "compose", "logits", "view_logits", "targets")}
         key = [storage.tensors_fingerprint({k: v for k, v in content.items() if v is not None}), set.how, set.views, set.factor]
         made = lambda: lessons(set, self.condense.students.batch, augment, self.problem.seed)  # noqa: E731
+        if set.targets is not None:
+            return self._kept(
+                [key, architecture, augment, "probe"], self.condense.students, self.rates, lambda: self._probed(set, architecture, made())
+            )
         return self._scored([key, architecture, augment], architecture, made, self.condense.students, self.rates, set.how)
 
     def whole(self, architecture: str | None = None) -> Score:
@@ -181,12 +194,16 @@ class Protocol:
         rates: Sequence[float],
         how: Mapping[str, Any],
     ) -> Score:
+        return self._kept(key, training, rates, lambda: self._train_and_measure(architecture, made(), training, rates, how))
+
+    def _kept(self, key: Any, training: Any, rates: Sequence[float], measure: Callable[[], Score]) -> Score:
+        """A score that is known, or measured now and kept."""
         problem = self.problem
         binding = [problem.data.fingerprint, problem.seed, self.condense.seeds, self.recipe.evaluation.final]
         digest = storage.fingerprint([key, training.model_dump(), rates, *binding])
         if digest not in self._known:
             with own_randomness(self.problem.seed, 78):
-                self._known[digest] = asdict(self._train_and_measure(architecture, made(), training, rates, how))
+                self._known[digest] = asdict(measure())
             if self._file is not None:
                 storage.write_json(self._file, self._known)
         return Score(**self._known[digest])
@@ -210,6 +227,24 @@ class Protocol:
         accuracies = [float((z.argmax(1) == y).double().mean()) for z in logits]
         metrics = self.task.metrics(logits[0], y) if bool(torch.isfinite(logits[0]).all()) else {}
         return Score(accuracies, rates[chosen], {k: v for k, v in metrics.items() if math.isfinite(v)})
+
+    def _probed(self, set: SyntheticSet, architecture: str, lessons: Lessons) -> Score:
+        """Pre-train on a set with targets, then a linear probe (logistic regression on the labelled training split)."""
+        from limbeck.condensation.probe import probe
+
+        assert set.targets is not None
+        problem, count = self.problem, self.condense.seeds
+        networks = self.students(architecture, count * len(self.rates), set.targets.shape[1])
+        each = [rate for rate in self.rates for _ in range(count)]
+        train_students(networks, lessons, self.condense.students, each, dict(set.how))
+        classes = set.how.get("probe_classes", list(range(problem.classes)))
+        train = (problem.labelled, problem.data.train.labels.cpu()[problem.labelled])
+        measured = self._part("measured")
+        valid = self._part("valid") if len(self.rates) > 1 else measured
+        found = [probe(network, problem, train, (valid, measured), classes) for network in networks]
+        means = [sum(a for a, _ in found[i * count : (i + 1) * count]) for i in range(len(self.rates))]
+        chosen = max(range(len(self.rates)), key=means.__getitem__)
+        return Score([b for _, b in found[chosen * count : (chosen + 1) * count]], self.rates[chosen])
 
     # ---- DD-Ranking ----
 
