@@ -15,7 +15,7 @@ from limbeck.method import find, registered
 from limbeck.storage import tensors_fingerprint
 
 CONDENSERS = [id for id, target in registered().items() if target.startswith("limbeck.condensation.")]
-PICTURES = [id for id in CONDENSERS if not getattr(find(id), "graphs", False)]
+PICTURES = [id for id in CONDENSERS if "samples" in find(id).works_on]
 LEARNING = [id for id in PICTURES if find(id).card.family != "baseline"]
 
 SMALL = {

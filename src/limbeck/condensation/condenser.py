@@ -29,6 +29,7 @@ class Condenser(Method):
         needs_teachers: whether the recipe must name trained networks in its `teacher` block.
         needs_norm: the kind of normalisation that the inner network must have ("no-batch": none that mixes samples), or "".
         unlabelled: whether labels are never looked at.
+        works_on: what kinds of data it can condense, "samples" (pictures, tables) and "graphs".
 
     Settings shared by all: `iterations`, the outer steps (a recipe's training.steps overrides it).
     """
@@ -37,6 +38,7 @@ class Condenser(Method):
     needs_teachers: ClassVar[bool] = False
     needs_norm: ClassVar[str] = ""
     unlabelled: ClassVar[bool] = False
+    works_on: ClassVar[tuple[str, ...]] = ("samples",)
 
     iterations: int = setting(0, "outer steps; 0 for methods that optimise nothing", at_least=0)
     init: str = setting("real", "where the images start", choices=("real", "noise", "kmeans"))

@@ -13,12 +13,14 @@ from limbeck import method as registry
 from limbeck import models, schema
 from limbeck.condensation import report
 from limbeck.condensation.condenser import Condenser
+from limbeck.condensation.graph_problem import GraphProblem
 from limbeck.condensation.problem import Problem
 from limbeck.condensation.program import CondensationProgram
-from limbeck.condensation.protocol import Protocol, Score
+from limbeck.condensation.scoring import BaseProtocol, Score
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.condensation.teachers import teacher_networks
 from limbeck.data import Data
+from limbeck.data.graphs import GraphSplit
 from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError
 from limbeck.outcome import Outcome
@@ -62,14 +64,26 @@ def check_recipe(recipe: schema.Recipe) -> schema.Condense:
     return recipe.condense or schema.Condense()
 
 
-def open_problem(recipe: schema.Recipe, data: Data, session: Session, given: Mapping[str, Any]) -> Problem:
-    """The problem that a recipe poses: its data, inner network and teachers."""
+def open_problem(recipe: schema.Recipe, data: Data, session: Session, given: Mapping[str, Any]) -> Problem | GraphProblem:
+    """The problem that a recipe poses: its data, inner network and teachers; a `GraphProblem` where the samples are graphs."""
     condense = check_recipe(recipe)
+    if isinstance(data.train, GraphSplit):
+        if recipe.teacher.models or "teacher" in given or "student" in given:
+            raise UserError("condensing graphs takes no teacher and no network objects", "leave them out; name gin, gcn or sage as student")
+        return GraphProblem(data, condense, session, recipe.seed)
     teachers = teacher_networks(recipe, data, session, given)
     return Problem(data, condense, given.get("student", recipe.student), session, recipe.seed, teachers)
 
 
-def _check_networks(method: Condenser, problem: Problem, recipe: schema.Recipe) -> None:
+def _check(method: Condenser, problem: Problem | GraphProblem, recipe: schema.Recipe) -> None:
+    kind = "graphs" if problem.graphs else "samples"
+    if kind not in method.works_on:
+        raise UserError(
+            f"{method.card.id} condenses {' or '.join(method.works_on)}, and {problem.data.name} holds {kind}",
+            "`limbeck methods --wing condensation` lists the others" if kind == "samples" else "use mirage, or data of pictures or tables",
+        )
+    if isinstance(problem, GraphProblem):
+        return
     if method.needs_teachers and not problem.teachers:
         raise UserError(
             f"{method.card.id} needs trained networks, and the recipe names none", "set `teacher`, with a `train` block for each network"
@@ -84,7 +98,7 @@ def _check_networks(method: Condenser, problem: Problem, recipe: schema.Recipe) 
             )
 
 
-def condense(method: Condenser, problem: Problem, steps: int | None, clip: float | None = None) -> SyntheticSet:
+def condense(method: Condenser, problem: Problem | GraphProblem, steps: int | None, clip: float | None = None) -> SyntheticSet:
     """Prepare a method, run its outer steps through the engine, and finish its set; goes on where it stopped.
 
     Args:
@@ -123,6 +137,8 @@ class Entry:
         own = self.scores[inner]
         found = {"accuracy": own.mean, "accuracy_std": own.std, "lr": own.lr, "samples": self.samples, "bytes": sum(self.bytes.values())}
         found |= {name: value for name, value in own.metrics.items() if name != "accuracy"}
+        if "auc" in own.metrics:  # of graphs, whose every architecture counts
+            found["auc"] = sum(score.metrics["auc"] for score in self.scores.values()) / len(self.scores)
         return found | {f"accuracy of {name}": score.mean for name, score in self.scores.items() if name != inner}
 
 
@@ -156,18 +172,18 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
     method = copy.deepcopy(make_method(recipe.method, given.get("method")))
     session.digest += data.fingerprint
     problem = open_problem(recipe, data, session, given)
-    _check_networks(method, problem, recipe)
-    protocol = Protocol(problem, recipe)
+    _check(method, problem, recipe)
+    protocol = problem.protocol(recipe)
     made = condense(method, problem, recipe.training.steps, recipe.training.clip).as_stored()
     session.notes += [f"{PHASE}: {text}" for text in method.alarms()]
     entries = _judge(method, made, problem, protocol)
     return _outcome(recipe, method, made, problem, protocol, entries)
 
 
-def _baseline(spec: schema.Method, method: Condenser, made: SyntheticSet, problem: Problem) -> tuple[str, SyntheticSet]:
+def _baseline(spec: schema.Method, method: Condenser, made: SyntheticSet, problem: Problem | GraphProblem) -> tuple[str, SyntheticSet]:
     """A baseline's set, with the same soft labels that the method gives its own."""
     own = make_method(spec)
-    if own.optimizers(problem.initial("real", 1)):
+    if own.card.family != "baseline":
         raise UserError(f"{spec.id} is no selection of real samples", "compare methods with `limbeck compare`; baselines are quick ones")
     own.prepare(problem)
     found = own.finish(own.begin(problem), problem)
@@ -180,7 +196,7 @@ def _baseline(spec: schema.Method, method: Condenser, made: SyntheticSet, proble
     return name, found.as_stored()
 
 
-def _judge(method: Condenser, made: SyntheticSet, problem: Problem, protocol: Protocol) -> list[Entry]:
+def _judge(method: Condenser, made: SyntheticSet, problem: Problem | GraphProblem, protocol: BaseProtocol) -> list[Entry]:
     """Score the whole set, the baselines and the synthetic set on every architecture; the first entry is the synthetic one."""
     spec = problem.condense
     counter = _Counter(problem.session, len(protocol.architectures) * (1 + spec.whole + len(spec.baselines)))
@@ -202,23 +218,18 @@ def _judge(method: Condenser, made: SyntheticSet, problem: Problem, protocol: Pr
         for architecture in protocol.architectures:
             scores[architecture] = protocol.whole(architecture)
             counter.tick()
-        count = len(problem.labelled)
-        size = {"images": count * _sample_bytes(problem), "labels": count * (1 if problem.classes <= 256 else 4)}
-        found.append(Entry("teacher", "the whole set", scores, count, size))
+        found.append(Entry("teacher", "the whole set", scores, len(problem.labelled), problem.whole_bytes()))
     counter.finish()
     return found
 
 
-def _sample_bytes(problem: Problem) -> int:
-    """Bytes of one real sample: one for each value of a picture, four for each of a table."""
-    count = 1
-    for side in problem.input_shape:
-        count *= side
-    return count * (1 if problem.images else 4)
-
-
 def _outcome(
-    recipe: schema.Recipe, method: Condenser, made: SyntheticSet, problem: Problem, protocol: Protocol, entries: list[Entry]
+    recipe: schema.Recipe,
+    method: Condenser,
+    made: SyntheticSet,
+    problem: Problem | GraphProblem,
+    protocol: BaseProtocol,
+    entries: list[Entry],
 ) -> Outcome:
     inner = protocol.inner
     metrics = {entry.key: entry.figures(inner) for entry in entries}

@@ -10,7 +10,6 @@ from typing import Any
 from limbeck import models
 from limbeck import recipe as schema
 from limbeck.condensation.job import open_problem
-from limbeck.condensation.protocol import Protocol
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.engine.session import Session, choose_device
 from limbeck.errors import UserError
@@ -54,7 +53,7 @@ def judge(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
         shape = tuple(made.images.shape[1:])
         raise UserError(f"the set has samples of shape {shape}, the data {problem.input_shape}", "name the data that it was made from")
     made = made.to(session.device)
-    protocol = Protocol(problem, recipe)
+    protocol = problem.protocol(recipe)
     scores = {name: protocol.score(made, name) for name in protocol.architectures}
     file = run / "summary.json"
     recorded: Mapping[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from limbeck.data.split import Split, TensorSplit
 from limbeck.engine.session import Session
 from limbeck.errors import UserError
 from limbeck.signals import Anatomy, Reader, anatomy
+
+if TYPE_CHECKING:
+    from limbeck.condensation.protocol import Protocol
 
 _CHUNK = 4096
 
@@ -71,6 +75,22 @@ class Problem:
 
             self.siamese = Siamese(condense.siamese)
         self._standard: Tensor | None = None
+
+    graphs = False
+
+    def whole_bytes(self) -> dict[str, int]:
+        """Bytes of the real training samples: one for each value of a picture, four for each of a table, and their labels."""
+        count = len(self.labelled)
+        return {
+            "images": count * math.prod(self.input_shape) * (1 if self.images else 4),
+            "labels": count * (1 if self.classes <= 256 else 4),
+        }
+
+    def protocol(self, recipe: schema.Recipe) -> Protocol:
+        """How sets of these samples are judged."""
+        from limbeck.condensation.protocol import Protocol
+
+        return Protocol(self, recipe)
 
     # ---- the real data ----
 

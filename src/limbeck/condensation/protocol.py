@@ -6,11 +6,8 @@ best one; random real images get the same soft labels that a method gives its ow
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,114 +16,34 @@ from torch import Tensor, nn
 from limbeck import schema, storage, zoo
 from limbeck.condensation.condenser import Condenser
 from limbeck.condensation.problem import Problem
+from limbeck.condensation.scoring import BaseProtocol, Score, augmentation_robust, label_robust
 from limbeck.condensation.students import Lessons, lessons, said, train_students
 from limbeck.condensation.synthetic import SyntheticSet
-from limbeck.data.batches import own_randomness
 from limbeck.errors import UserError
 from limbeck.tasks import Classification
 
 
-@dataclass
-class Score:
-    """What students of one architecture reached on one set.
-
-    Attributes:
-        accuracies: one for each student seed, on the split that is measured.
-        lr: the learning rate that was used, chosen on the validation split where there was a choice.
-        metrics: of the first student: accuracy, nll, ece ... (`limbeck.tasks`).
-    """
-
-    accuracies: list[float]
-    lr: float
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy over the students."""
-        return sum(self.accuracies) / len(self.accuracies)
-
-    @property
-    def std(self) -> float:
-        """Population standard deviation over the students, as the papers report it."""
-        return math.sqrt(sum((a - self.mean) ** 2 for a in self.accuracies) / len(self.accuracies))
-
-
-def label_robust(own: float, random: float, own_hard: float, real_hard: float, weight: float = 0.5) -> float:
-    """DD-Ranking's label-robust score in [0, 1]; 0.2689 for a set that is worth what random real samples are and loses nothing.
-
-    alpha = weight * (own - random) - (1 - weight) * (real_hard - own_hard); score = (e^alpha - e^-1) / (e - e^-1).
-
-    Args:
-        own, random: accuracy of the set and of random real samples with the same labels and recipe, as fractions.
-        own_hard, real_hard: accuracy of the set under hard labels, and of the whole real set.
-    """
-    alpha = weight * (own - random) - (1 - weight) * (real_hard - own_hard)
-    return (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
-
-
-def augmentation_robust(own: float, random: float, own_plain: float, random_plain: float, weight: float = 0.5) -> float:
-    """DD-Ranking's augmentation-robust score in [0, 1].
-
-    beta = weight * (own - random) + (1 - weight) * (own_plain - random_plain); the same map as `label_robust`.
-
-    Args:
-        own, random: accuracies with augmentation; own_plain, random_plain: without.
-    """
-    beta = weight * (own - random) + (1 - weight) * (own_plain - random_plain)
-    return (math.exp(beta) - math.exp(-1)) / (math.e - math.exp(-1))
-
-
-class Protocol:
-    """Scores sets on one problem; what has been scored is kept in `scores.json` of the run's folder.
+class Protocol(BaseProtocol):
+    """Scores synthetic sets of pictures or tables.
 
     Args:
         problem: the real data.
         recipe: the recipe, for its `condense`, `evaluation` and `student` blocks.
-        given: a module that stands for the inner network, if it was given as an object.
-
-    Attributes:
-        architectures: name -> maker of a fresh network; the first is the inner network.
-
-    Raises:
-        UserError: several learning rates without a validation split, or a split that is to be measured is missing.
     """
 
-    def __init__(self, problem: Problem, recipe: schema.Recipe, given: nn.Module | None = None) -> None:
-        self.problem, self.recipe, self.condense = problem, recipe, problem.condense
-        data = problem.data
-        self.rates = list(self.condense.lrs) or [self.condense.students.lr]
-        if len(self.rates) > 1 and data.valid is None:
-            raise UserError(
-                "condense.lrs names several learning rates, and there is no validation split to choose on",
-                "set data.valid, for example data.valid=0.2, or leave one rate",
-            )
-        if recipe.evaluation.final == "valid" and data.valid is None:
-            raise UserError("evaluation.final is valid, and there is no validation split", "set data.valid, for example data.valid=0.2")
-        self.split = data.test if recipe.evaluation.final == "test" else data.valid
-        self.task = Classification(data.classes)
-        specs = [recipe.student, *self.condense.networks]
-        self.architectures: dict[str, Callable[[int | None], nn.Module]] = {}
-        for number, spec in enumerate(specs):
-            alone = sum(other.model == spec.model for other in specs) == 1
-            name = spec.model if alone or number == 0 else _name(spec)
-            self.architectures.setdefault(name, self._inner if number == 0 else self._maker(spec))
-        self.inner = next(iter(self.architectures))
-        folder = problem.session.folder
-        self._file = None if folder is None else folder / "scores.json"
-        self._known: dict[str, Any] = _read(self._file)
+    problem: Problem
+
+    def __init__(self, problem: Problem, recipe: schema.Recipe) -> None:
+        super().__init__(problem, recipe)
+        self.task = Classification(problem.data.classes)
         self._cached: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def _inner(self, outputs: int | None) -> nn.Module:
-        return self.problem.network(outputs=outputs)
-
-    def _maker(self, spec: schema.Model) -> Callable[[int | None], nn.Module]:
+    def make(self, spec: schema.Model, outputs: int | None) -> nn.Module:
         problem = self.problem
-
-        def make(outputs: int | None) -> nn.Module:
-            args = {"input_shape": problem.input_shape, "classes": outputs or problem.classes, **spec.args}
-            return zoo.build(spec.model, **args).to(problem.device)
-
-        return make
+        if spec is self._specs[self.inner]:
+            return problem.network(outputs=outputs)
+        args = {"input_shape": problem.input_shape, "classes": outputs or problem.classes, **spec.args}
+        return zoo.build(spec.model, **args).to(problem.device)
 
     def _part(self, name: str) -> tuple[Tensor, Tensor]:
         if name not in self._cached:
@@ -137,18 +54,6 @@ class Protocol:
             known = split.labels >= 0
             self._cached[name] = x[known.to(x.device)], split.labels[known].to(x.device)
         return self._cached[name]
-
-    def students(self, architecture: str, count: int, outputs: int | None = None) -> list[nn.Module]:
-        """Fresh networks; the k-th of them has the same first weights for every set.
-
-        Args:
-            outputs: width of the head; None for the classes.
-        """
-        made = []
-        for number in range(count):
-            with own_randomness(self.problem.seed, 77, number):
-                made.append(self.architectures[architecture](outputs))
-        return made
 
     # ---- one set, one architecture ----
 
@@ -195,18 +100,6 @@ class Protocol:
         how: Mapping[str, Any],
     ) -> Score:
         return self._kept(key, training, rates, lambda: self._train_and_measure(architecture, made(), training, rates, how))
-
-    def _kept(self, key: Any, training: Any, rates: Sequence[float], measure: Callable[[], Score]) -> Score:
-        """A score that is known, or measured now and kept."""
-        problem = self.problem
-        binding = [problem.data.fingerprint, problem.seed, self.condense.seeds, self.recipe.evaluation.final]
-        digest = storage.fingerprint([key, training.model_dump(), rates, *binding])
-        if digest not in self._known:
-            with own_randomness(self.problem.seed, 78):
-                self._known[digest] = asdict(measure())
-            if self._file is not None:
-                storage.write_json(self._file, self._known)
-        return Score(**self._known[digest])
 
     def _train_and_measure(
         self, architecture: str, lessons: Lessons, training: Any, rates: Sequence[float], how: Mapping[str, Any]
@@ -279,21 +172,6 @@ class Protocol:
             plain = [self.score(s, augment=[]).mean for s in (own, same)]
             found["augmentation_robust_score"] = augmentation_robust(*changed, *plain)
         return found
-
-
-def _name(spec: schema.Model) -> str:
-    inner = ",".join(f"{k}={v}" for k, v in spec.args.items())
-    return f"{spec.model}({inner})" if inner else spec.model
-
-
-def _read(file: Path | None) -> dict[str, Any]:
-    if file is None or not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError):
-        raise UserError(f"{file} is torn", "delete it: the scores are then made again") from None
-    return found
 
 
 def _accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -14,7 +14,7 @@ from limbeck.report.tables import human, percent
 if TYPE_CHECKING:
     from limbeck.condensation.job import Entry
     from limbeck.condensation.problem import Problem
-    from limbeck.condensation.protocol import Protocol, Score
+    from limbeck.condensation.scoring import BaseProtocol, Score
     from limbeck.condensation.synthetic import SyntheticSet
 
 CURVE = ("random-real", "k-means", "herding")
@@ -36,7 +36,7 @@ def _ordered(entries: Sequence[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: rank.get(entry.key, 1))
 
 
-def table(entries: Sequence[Entry], protocol: Protocol) -> dict[str, Any]:
+def table(entries: Sequence[Entry], protocol: BaseProtocol) -> dict[str, Any]:
     """Head and rows of the result, for terminal, page and card."""
     names = list(protocol.architectures)
     head = ["trained on", "samples", "stored", *names]
@@ -48,7 +48,7 @@ def table(entries: Sequence[Entry], protocol: Protocol) -> dict[str, Any]:
     return {"head": head, "rows": rows, "text": MEANING}
 
 
-def headline(entries: Sequence[Entry], protocol: Protocol) -> str:
+def headline(entries: Sequence[Entry], protocol: BaseProtocol) -> str:
     """What came out, in a sentence or two."""
     by_key = {entry.key: entry for entry in entries}
     own, inner = by_key["student"], protocol.inner
@@ -69,7 +69,7 @@ def headline(entries: Sequence[Entry], protocol: Protocol) -> str:
     return text
 
 
-def budget_curve(problem: Problem, protocol: Protocol) -> dict[str, list[list[float]]]:
+def budget_curve(problem: Problem, protocol: BaseProtocol) -> dict[str, list[list[float]]]:
     """Accuracy of selections of real samples at other budgets, on the inner network: `name -> [[bytes, mean, std], ...]`."""
     import torch
 
@@ -90,12 +90,21 @@ def budget_curve(problem: Problem, protocol: Protocol) -> dict[str, list[list[fl
     return found
 
 
+def _holds_graphs(made: Any) -> bool:
+    """Whether a set holds graphs."""
+    return hasattr(made, "members")
+
+
 def _png(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def _pictures(made: SyntheticSet) -> Section:
     part = Section("sheet", "The synthetic samples")
+    if _holds_graphs(made):
+        sizes = sorted(len(m.graph.types) for m in made.members)
+        part.text = f"{len(made)} graphs of {sizes[0]} to {sizes[-1]} nodes, {sum(sizes)} in all."
+        return part
     if made.images.ndim != 4 or made.images.shape[1] not in (1, 3):
         part.absent.append("No pictures: the samples are no images.")
         return part
@@ -115,7 +124,7 @@ def _storage(summary: Mapping[str, Any]) -> Section:
     return Section("storage", "Storage", text=text, head=head, rows=rows)
 
 
-def _budget(entries: Sequence[Entry], summary: Mapping[str, Any], protocol: Protocol) -> Section:
+def _budget(entries: Sequence[Entry], summary: Mapping[str, Any], protocol: BaseProtocol) -> Section:
     part = Section("budget", "Accuracy over the budget")
     inner = protocol.inner
     series = {name: [tuple(point) for point in points] for name, points in (summary.get("budgets") or {}).items()}
@@ -136,7 +145,7 @@ def _budget(entries: Sequence[Entry], summary: Mapping[str, Any], protocol: Prot
     return part
 
 
-def _architectures(entries: Sequence[Entry], protocol: Protocol) -> Section:
+def _architectures(entries: Sequence[Entry], protocol: BaseProtocol) -> Section:
     part = Section("architectures", "Across architectures")
     names = list(protocol.architectures)
     if len(names) < 2:
@@ -168,7 +177,7 @@ def _robust(summary: Mapping[str, Any]) -> Section:
 
 
 def sections(
-    made: SyntheticSet, entries: Sequence[Entry], summary: Mapping[str, Any], log: list[dict[str, Any]], protocol: Protocol
+    made: SyntheticSet, entries: Sequence[Entry], summary: Mapping[str, Any], log: list[dict[str, Any]], protocol: BaseProtocol
 ) -> list[Section]:
     """The wing's parts of the page."""
     curve = Section("curves", "The objective")

@@ -76,6 +76,13 @@ def glyphs(size: int = 16, characters: str | None = None, classes: int = 62, jit
     return render(size, characters, classes, jitters)
 
 
+def stdlib_graphs(packages: tuple[str, ...] = ("email", "asyncio"), least: int = 20, most: int = 150, split_seed: int = 0) -> Source:
+    """Syntax trees of functions of Python's standard library, by package; see `limbeck.data.graphs.stdlib_graphs`."""
+    from limbeck.data import graphs
+
+    return graphs.stdlib_graphs(packages, least, most, split_seed)
+
+
 EMBEDDED: dict[str, Callable[..., Source]] = {
     "digits": digits,
     "glyphs": glyphs,
@@ -83,6 +90,7 @@ EMBEDDED: dict[str, Callable[..., Source]] = {
     "breast-cancer": breast_cancer,
     "iris": iris,
     "fashion-mnist": fashion_mnist,
+    "stdlib-graphs": stdlib_graphs,
 }
 """Embedded data by name."""
 
@@ -93,6 +101,7 @@ _FACTS: dict[str, tuple[int, int, tuple[int, ...]]] = {
     "breast-cancer": (569, 2, (30,)),
     "iris": (150, 3, (4,)),
     "fashion-mnist": (70000, 10, (1, 28, 28)),
+    "stdlib-graphs": (900, 2, ()),
 }
 
 

@@ -23,11 +23,12 @@ KINDS = ("multiclass", "multilabel", "binary")
 
 def _readers() -> dict[str, Callable[..., Source]]:
     from limbeck.data.folder import read_folder
+    from limbeck.data.graphs import read_geometric
     from limbeck.data.hub import read_hub
     from limbeck.data.idx import read_idx_folder
     from limbeck.data.tables import read_csv, read_parquet
 
-    return {"hf": read_hub, "folder": read_folder, "csv": read_csv, "parquet": read_parquet, "idx": read_idx_folder}
+    return {"hf": read_hub, "folder": read_folder, "csv": read_csv, "parquet": read_parquet, "idx": read_idx_folder, "pyg": read_geometric}
 
 
 def _read(source: Any, args: dict[str, Any]) -> tuple[str, Source]:
@@ -185,7 +186,7 @@ def _opened(
     for part, given in (("train", training), ("test", testing), ("valid", validating)):
         if given is not None:
             check_classes(given.labels, classes, part)
-    shape = _shape(training)
+    shape = _shape(training) if read.shape is None else read.shape
     if (other := _shape(testing)) != shape and read.images:
         raise UserError(f"train samples have shape {shape}, but test samples have {other}", "give size= to scale them alike")
     if noise is not None:

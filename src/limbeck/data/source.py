@@ -27,6 +27,7 @@ class Source:
         standardise: inputs are table columns, to be scaled by the mean and deviation of the training part.
         test_count: how much is drawn for testing when nobody says.
         note: what reading depended on besides the content; goes into the fingerprint.
+        shape: of one sample where a batch does not tell it (graphs: the number of node types).
     """
 
     train: Split
@@ -37,6 +38,7 @@ class Source:
     standardise: bool = False
     test_count: int | float = 0.2
     note: Any = None
+    shape: tuple[int, ...] | None = None
 
 
 def check_finite(inputs: Any, part: str, first: int = 0) -> None:

@@ -18,6 +18,7 @@ from limbeck.zoo.cnn import CNN
 from limbeck.zoo.convnet import ConvNet
 from limbeck.zoo.dual_head import DualHeaded
 from limbeck.zoo.efficientnet import EfficientNetLite0
+from limbeck.zoo.graph import GCN, GIN, SAGE
 from limbeck.zoo.linear import Linear
 from limbeck.zoo.mixer import Mixer
 from limbeck.zoo.mlp import MLP
@@ -34,6 +35,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mixer": Mixer,
     "efficientnet-lite0": EfficientNetLite0,
     "dual-head": DualHeaded,
+    "gin": GIN,
+    "gcn": GCN,
+    "sage": SAGE,
 }
 """Embedded networks by name."""
 

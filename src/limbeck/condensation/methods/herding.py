@@ -30,6 +30,8 @@ class Herding(Condenser):
         deviations="Features are the standardised inputs, or the embedding of the first teacher where the recipe names one.",
     )
 
+    works_on = ("samples", "graphs")
+
     features: str = setting("inputs", "what means are taken of", choices=("inputs", "teacher"))
 
     def begin(self, problem: Problem) -> SyntheticSet:

@@ -41,6 +41,7 @@ class INFER(SRe2L):
     init: str = setting("real", "where the images come from (paper: real)", choices=("real", "kmeans"))
     statistics: float = setting(1.0, "weight of the BatchNorm statistics (paper: 1 on CIFAR, 0.01 on ImageNet)", at_least=0)
     crop: bool = setting(False, "look at random parts of the images (paper: not on CIFAR)")
+    patterns: bool = setting(True, "buy patterns; else the budget buys real images alone (the baseline at equal storage)")
     dynamic: bool = setting(False, "store labels of every epoch instead of one label for each image")
     mix: str = setting("mixup", "how students mix samples (paper: mixup)", choices=("mixup", "cutmix", "none"))
     alpha: float = setting(0.8, "of the mix (paper: 0.8)", above=0)
@@ -51,6 +52,8 @@ class INFER(SRe2L):
 
     def begin(self, problem: Problem) -> SyntheticSet:
         members, classes = len(self.used(problem)), problem.classes
+        if not self.patterns:
+            return problem.initial(self.init)
         real = int(problem.per_class / (members / classes + 1))
         if real < 1:
             raise UserError(
@@ -70,6 +73,9 @@ class INFER(SRe2L):
     def learnt(self, set: SyntheticSet) -> nn.Parameter:
         assert set.patterns is not None
         return set.patterns
+
+    def optimizers(self, set: SyntheticSet) -> dict[str, torch.optim.Optimizer]:
+        return super().optimizers(set) if self.patterns else {}
 
     def losses(self, turn: str, set: SyntheticSet, problem: Problem, clock: Clock) -> dict[str, Tensor]:
         by_group = set.images.detach().unflatten(0, (problem.classes, -1))

@@ -25,5 +25,7 @@ class RandomReal(Condenser):
         baseline="",
     )
 
+    works_on = ("samples", "graphs")
+
     def begin(self, problem: Problem) -> SyntheticSet:
         return problem.initial("real")

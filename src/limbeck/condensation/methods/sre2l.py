@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +46,7 @@ class SRe2L(Condenser):
     needs_teachers = True
     contract = {"label_epochs": 2, "jitter": 1}
 
-    iterations: int = setting(1000, "steps of the recovery (paper: 1000 on CIFAR, 4000 on ImageNet)", at_least=1)
+    iterations: int = setting(1000, "steps of the recovery; 0 keeps the first images (paper: 1000 on CIFAR, 4000 on ImageNet)", at_least=0)
     init: str = setting("noise", "where the images start (paper: noise)", choices=("noise", "real", "kmeans"))
     member: str = setting("", "which teacher; empty: the first one")
     lr_images: float = setting(0.25, "Adam's learning rate, to 0 along a cosine (paper: 0.25)", above=0)
@@ -78,7 +77,7 @@ class SRe2L(Condenser):
         return set.images
 
     def optimizers(self, set: SyntheticSet) -> dict[str, torch.optim.Optimizer]:
-        return {"set": torch.optim.Adam([self.learnt(set)], self.lr_images, betas=(0.5, 0.9))}
+        return {"set": torch.optim.Adam([self.learnt(set)], self.lr_images, betas=(0.5, 0.9))} if self.iterations else {}
 
     def least_scale(self, clock: Clock) -> float:
         """The least area of a part at this step."""
@@ -143,6 +142,3 @@ class SRe2L(Condenser):
     def labels(self, x: Tensor, problem: Problem) -> Tensor:
         """`(N, K)` logits that students learn, of one view."""
         return problem.teachers[self.used(problem)[0]](x)
-
-    def memory(self) -> dict[str, Any]:
-        return {}
