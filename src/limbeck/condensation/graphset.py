@@ -16,6 +16,12 @@ from limbeck.data.graphs import Graph
 from limbeck.errors import UserError
 from limbeck.outcome import Artifact
 
+MOST = 256
+"""Types of nodes, and classes, that one byte can tell apart."""
+
+LARGEST = 2**15
+"""Nodes of a graph whose edges two 16-bit numbers can name."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -35,9 +41,9 @@ class Member:
 
     def bytes(self) -> int:
         """As a real graph is counted, and four bytes for the support of mined trees (roots need none: they have no outgoing edge)."""
-        nodes = len(self.graph.types) * (1 if int(self.graph.types.max()) < 256 else 2)
-        edges = self.graph.edges.shape[1] if self.roots is not None else int((self.graph.edges[0] <= self.graph.edges[1]).sum())
-        return nodes + 4 * edges + 1 + (4 if self.roots is not None else 0)
+        if self.roots is None:
+            return self.graph.bytes()
+        return len(self.graph.types) + 4 * self.graph.edges.shape[1] + 13
 
 
 class GraphSet(Artifact):
@@ -55,6 +61,11 @@ class GraphSet(Artifact):
 
     def __init__(self, members: Sequence[Member], classes: Sequence[str], node_types: int, weighted: bool = False) -> None:
         self.members, self.classes, self.node_types, self.weighted = list(members), tuple(classes), node_types, weighted
+        if max(node_types, len(self.classes)) > MOST or any(len(member.graph.types) > LARGEST for member in self.members):
+            raise UserError(
+                f"a stored set holds at most {MOST} types of nodes and classes, and graphs of at most {LARGEST} nodes",
+                "merge rare types of nodes, or leave large graphs out",
+            )
         have = {member.label for member in self.members}
         missing = [name for number, name in enumerate(self.classes) if number not in have]
         if missing:
@@ -107,14 +118,13 @@ class GraphSet(Artifact):
         return storage.tensors_fingerprint(self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
-        small = torch.uint8 if self.node_types <= 256 else torch.int32
         nodes = [len(m.graph.types) for m in self.members]
         mined = [m for m in self.members if m.roots is not None]
         if mined and len(mined) != len(self.members):
             raise UserError("a set mixes real graphs and mined trees", "keep them in two sets")
         edges = [m.graph.edges if mined else m.graph.edges[:, m.graph.edges[0] <= m.graph.edges[1]] for m in self.members]
         tensors = {
-            "types": torch.cat([m.graph.types for m in self.members]).to(small),
+            "types": torch.cat([m.graph.types for m in self.members]).to(torch.uint8),
             "edges": torch.cat(edges, 1).to(torch.int16),
             "nodes": torch.tensor(nodes, dtype=torch.int32),
             "edge_counts": torch.tensor([e.shape[1] for e in edges], dtype=torch.int32),

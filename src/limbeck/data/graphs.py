@@ -38,8 +38,8 @@ class Graph:
     edges: Tensor
 
     def bytes(self) -> int:
-        """Stored bytes: one a node (two above 256 types), four an edge (an undirected one counts once), one for the class."""
-        return len(self.types) * (1 if int(self.types.max()) < 256 else 2) + 4 * int((self.edges[0] <= self.edges[1]).sum()) + 1
+        """Stored bytes: one a node, four an edge (an undirected one counts once), one for the class, eight for the two sizes."""
+        return len(self.types) + 4 * int((self.edges[0] <= self.edges[1]).sum()) + 9
 
 
 class GraphSplit(Split):
