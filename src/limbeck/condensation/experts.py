@@ -26,6 +26,12 @@ from limbeck.data.batches import own_randomness
 from limbeck.engine.clock import Clock
 from limbeck.errors import UserError
 
+REVISION = 2
+"""Raised when experts of the same settings come out otherwise than before: those in caches are then made again."""
+
+LOADED_BYTES = 1 << 32
+"""Trajectories are kept in memory up to this size (of 100 experts and 50 epochs, those of a network of 200 000 weights)."""
+
 
 @dataclass(frozen=True)
 class Schooling:
@@ -36,7 +42,7 @@ class Schooling:
         rho, alpha, adaptive: of sharpness-aware training (GSAM); rho 0 for none.
         clipping: epochs in which the loss counts less, 0.5 rising by 0.05 (AST's clipping loss); 0 for none.
         penalty: weight of the input-gradient penalty (AST); 0 for none.
-        drop: what the learning rate is multiplied by after half of the epochs, with a fresh momentum; 1 for none.
+        drop: what the learning rate is multiplied by after half of the epochs (rounded down), with a fresh momentum; 1 for none.
         seed: of weights and orders; the same for every run, so that runs of several seeds share their experts.
     """
 
@@ -89,7 +95,9 @@ class ExpertProgram:
         self.lessons = Lessons(take, own, how.batch, seed=seed)
         self.steps_per_epoch = self.lessons.steps_per_epoch
         self.total = how.epochs * self.steps_per_epoch
-        schedule = {"schedule": "step", "milestones": (0.5,), "gamma": how.drop} if how.drop != 1 else {"schedule": "constant"}
+        self.half = 0 if how.drop == 1 else how.epochs // 2
+        share = (self.half * self.steps_per_epoch - 0.5) / self.total  # half a step early: safe from rounding
+        schedule = {"schedule": "step", "milestones": (share,), "gamma": how.drop} if self.half else {"schedule": "constant"}
         self.training = schema.Training(steps=self.total, warmup=0, optimizer="sgd", lr=how.lr, **schedule)  # type: ignore[arg-type]
         self.functional = Functional(network)
         self.snapshots = [self.functional.flatten(network)]
@@ -131,7 +139,7 @@ class ExpertProgram:
         step = clock.step + 1
         if step % self.steps_per_epoch == 0:
             self.snapshots.append(self.functional.flatten(self.network))
-            if self.how.drop != 1 and step // self.steps_per_epoch == self.how.epochs // 2:
+            if self.half and step // self.steps_per_epoch == self.half:
                 self._optimizer.state.clear()  # the released code makes a new optimiser with the lower rate
 
     def memory(self) -> dict[str, Any]:
@@ -173,7 +181,7 @@ class Buffer:
             "schooling": asdict(how),
             "siamese": problem.condense.siamese,
             "device": problem.device.type,
-            "limbeck": __version__,
+            "limbeck": f"{__version__}, revision {REVISION}",
         }
         self.digest = storage.fingerprint(
             {key: value for key, value in self.content.items() if key != "schooling"} | {"how": self._alike()}
@@ -245,5 +253,8 @@ class Buffer:
                 tensors = storage.load_tensors(path, entry["sha256"])
             except UserError as error:
                 raise UserError(error.message, "delete that file: the next run makes this expert again, and only this one") from None
-            self._loaded[number] = tensors["trajectory"].to(self.problem.device)
+            found = tensors["trajectory"].to(self.problem.device)
+            while self._loaded and (len(self._loaded) + 1) * found.numel() * found.element_size() > LOADED_BYTES:
+                del self._loaded[next(iter(self._loaded))]
+            self._loaded[number] = found
         return self._loaded[number]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from limbeck import method as registry
 from limbeck import schema, zoo
 from limbeck.condensation.graphset import GraphSet, Member
 from limbeck.condensation.scoring import BaseProtocol, Score
@@ -22,6 +23,7 @@ from limbeck.engine.clock import Clock
 from limbeck.engine.loop import Loop, Plan
 from limbeck.engine.session import Session
 from limbeck.errors import UserError
+from limbeck.zoo.graph import CONVOLUTIONS
 
 CHUNK = 256
 
@@ -36,9 +38,11 @@ class GraphProblem:
 
     Attributes:
         budget: bytes for each class.
+        per_class: how many graphs a selection offers to `subset`: more than the budget pays for, since some are too large for what is left.
 
     Raises:
-        UserError: an augmentation is asked for, or a class has too few graphs.
+        UserError: an augmentation, robust scores, further budgets or a baseline that cannot read graphs is asked for, or a class has too
+            few graphs.
     """
 
     graphs = True
@@ -47,22 +51,29 @@ class GraphProblem:
     def __init__(self, data: Data, condense: schema.Condense, session: Session, seed: int = 0) -> None:
         if condense.siamese or condense.augment:
             raise UserError("graphs are not augmented", 'set condense.siamese="" and leave condense.augment out')
+        for name in ("scores", "budgets"):
+            if getattr(condense, name):
+                raise UserError(f"condense.{name} is not for graphs", "leave it out; compare runs with other values of condense.per_class")
+        for baseline in condense.baselines:
+            if "graphs" not in getattr(registry.find(baseline.id), "works_on", ()):
+                raise UserError(f"the baseline {baseline.id} cannot read graphs", "choose random-real, herding or k-center")
         assert isinstance(data.train, GraphSplit)
         self.data, self.condense, self.session, self.seed = data, condense, session, seed
-        self.device, self.classes, self.per_class = session.device, len(data.classes), condense.per_class
+        self.device, self.classes = session.device, len(data.classes)
         self.input_shape, self.train = tuple(data.input_shape), data.train
         labels = self.train.labels
         assert labels is not None
         self.positions = [(labels == c).nonzero()[:, 0] for c in range(self.classes)]
         self.labelled = torch.cat(self.positions).sort().values
         for name, positions in zip(data.classes, self.positions):
-            if len(positions) < self.per_class:
+            if len(positions) < condense.per_class:
                 raise UserError(
-                    f"the class {name!r} has {len(positions)} training graphs, fewer than the {self.per_class} asked for",
+                    f"the class {name!r} has {len(positions)} training graphs, fewer than the {condense.per_class} asked for",
                     f"set condense.per_class to at most {len(positions)}",
                 )
         self.sizes = [graph.bytes() for graph in self.train.graphs]
-        self.budget = self.per_class * sum(self.sizes) / len(self.sizes)
+        self.budget = condense.per_class * sum(self.sizes) / len(self.sizes)
+        self.per_class = min(10 * condense.per_class + 50, *map(len, self.positions))
 
     def whole_bytes(self) -> dict[str, int]:
         """Bytes of the real training graphs."""
@@ -101,7 +112,7 @@ class GraphProblem:
                     members.append(Member(self.train.graphs[i], c))
         return GraphSet(members, self.data.classes, self.input_shape[0])
 
-    def initial(self, kind: str, per_class: int | None = None) -> GraphSet:
+    def initial(self, kind: str) -> GraphSet:
         """Random real graphs that fit into the budget ("real").
 
         Raises:
@@ -180,7 +191,7 @@ class GraphProtocol(BaseProtocol):
             raise UserError("graph networks are trained with one learning rate", "give condense.students.lr and leave condense.lrs out")
 
     def make(self, spec: schema.Model, outputs: int | None) -> nn.Module:
-        if spec.model.partition(":")[2] not in ("", "gin", "gcn", "sage") or spec.model not in ("gin", "gcn", "sage"):
+        if spec.model.removeprefix("zoo:") not in CONVOLUTIONS:
             raise UserError(f"the network {spec.model!r} does not read graphs", "choose gin, gcn or sage, or run on pictures or tables")
         return zoo.build(spec.model, **{"input_shape": self.problem.input_shape, "classes": self.problem.classes, **spec.args})
 
@@ -197,7 +208,7 @@ class GraphProtocol(BaseProtocol):
         training = schema.Training.model_validate(base)
         problem = self.problem
         labels = problem.train.labels.tolist()
-        members = [Member(graph, label) for graph, label in zip(problem.train.graphs, labels)]
+        members = [Member(graph, label) for graph, label in zip(problem.train.graphs, labels) if label >= 0]
         made = GraphSet(members, problem.data.classes, problem.input_shape[0])
         return self._kept(["whole", architecture], training, self.rates, lambda: self._measure(made, architecture, training))
 

@@ -115,7 +115,7 @@ class GraphSet(Artifact):
 
     def fingerprint(self) -> str:
         """A digest of everything that students see."""
-        return storage.tensors_fingerprint(self._tensors())
+        return storage.fingerprint([storage.tensors_fingerprint(self._tensors()), self.weighted])
 
     def _tensors(self) -> dict[str, Tensor]:
         nodes = [len(m.graph.types) for m in self.members]

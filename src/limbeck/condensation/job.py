@@ -61,7 +61,15 @@ def check_recipe(recipe: schema.Recipe) -> schema.Condense:
         raise UserError("a condensation has no stages", "leave `stages` out")
     if recipe.precision != "no":
         raise UserError(f"precision {recipe.precision} is not for condensation", "leave precision=no: gradients of gradients need float32")
-    return recipe.condense or schema.Condense()
+    condense = recipe.condense or schema.Condense()
+    if condense.scores and not condense.whole:
+        raise UserError("condense.scores needs the accuracy of the whole set", "set condense.whole=true")
+    for baseline in condense.baselines:
+        if make_method(baseline).card.family != "baseline":
+            raise UserError(
+                f"{baseline.id} is no selection of real samples", "compare methods with `limbeck compare`; baselines are quick ones"
+            )
+    return condense
 
 
 def open_problem(recipe: schema.Recipe, data: Data, session: Session, given: Mapping[str, Any]) -> Problem | GraphProblem:
@@ -183,8 +191,6 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
 def _baseline(spec: schema.Method, method: Condenser, made: SyntheticSet, problem: Problem | GraphProblem) -> tuple[str, SyntheticSet]:
     """A baseline's set, with the same soft labels that the method gives its own."""
     own = make_method(spec)
-    if own.card.family != "baseline":
-        raise UserError(f"{spec.id} is no selection of real samples", "compare methods with `limbeck compare`; baselines are quick ones")
     own.prepare(problem)
     found = own.finish(own.begin(problem), problem)
     name = own.card.id
@@ -235,8 +241,6 @@ def _outcome(
     metrics = {entry.key: entry.figures(inner) for entry in entries}
     by_key = {entry.key: entry for entry in entries}
     if problem.condense.scores:
-        if "teacher" not in by_key:
-            raise UserError("condense.scores needs the accuracy of the whole set", "set condense.whole=true")
         seed_everything(problem.seed, "robust scores")
         metrics["student"] |= protocol.robust_scores(
             method, made, problem.initial("real").as_stored(), by_key["teacher"].scores[inner].mean

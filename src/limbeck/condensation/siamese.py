@@ -96,6 +96,53 @@ def _rotate(x: Tensor, u: float) -> Tensor:
     return _warp(x, [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
 
 
+def _each_crop(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    grids, known = [], []
+    for u, side in zip((down, right), x.shape[-2:]):
+        most = int(0.125 * side + 0.5)
+        at = torch.arange(side, device=x.device) + (u.view(-1, 1) * (2 * most + 1)).long().clamp(max=2 * most) - most
+        grids.append(at.clamp(0, side - 1))
+        known.append((at >= 0) & (at < side))
+    moved = x.gather(2, grids[0][:, None, :, None].expand(x.shape)).gather(3, grids[1][:, None, None, :].expand(x.shape))
+    return moved * (known[0][:, None, :, None] & known[1][:, None, None, :])
+
+
+def _each_cutout(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    inside = []
+    for u, side in zip((row, column), x.shape[-2:]):
+        hole = int(0.5 * side + 0.5)
+        first = (u.view(-1, 1) * (side + (1 - hole % 2))).long() - hole // 2
+        at = torch.arange(side, device=x.device)
+        inside.append((at >= first) & (at < first + hole))
+    return x * ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
+
+
+def _each_warp(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """The linear map ((a, b), (c, d)) of each sample's own, entries `(B, 1, 1, 1)`."""
+    matrix = F.pad(torch.cat([a, b, c, d], 1).view(-1, 2, 2), (0, 1)).to(x.dtype)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _each_scale(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    sx, sy = (1 / 1.2 + u * (1.2 - 1 / 1.2) for u in (across, down))
+    return _each_warp(x, sx, torch.zeros_like(sx), torch.zeros_like(sx), sy)
+
+
+def _each_rotate(x: Tensor, u: Tensor) -> Tensor:
+    angle = (u - 0.5) * math.radians(30)
+    return _each_warp(x, angle.cos(), -angle.sin(), angle.sin(), angle.cos())
+
+
+EACH: dict[str, Callable[..., Tensor]] = {
+    "crop": _each_crop,
+    "cutout": _each_cutout,
+    "flip": lambda x, u: torch.where(u < 0.5, x.flip(-1), x),
+    "scale": _each_scale,
+    "rotate": _each_rotate,
+}
+"""Operations with numbers `(B, 1, 1, 1)` of each sample's own; colours broadcast as they are."""
+
 OPERATIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "color": (_color, 3),
     "brightness": (_brightness, 1),
@@ -145,5 +192,7 @@ class Siamese:
         return self.apply(synthetic, draw), self.apply(real, draw)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A batch under one new draw."""
-        return self.apply(x, self.draw())
+        """A batch under one new operation, with numbers of each sample's own: how networks are trained (Zhao & Bilen 2021)."""
+        name = self.operations[int(torch.randint(len(self.operations), ()))]
+        numbers = torch.rand(OPERATIONS[name][1], len(x), 1, 1, 1).to(device=x.device)
+        return EACH.get(name, OPERATIONS[name][0])(x, *numbers)

@@ -7,6 +7,7 @@ the work is linear in the number of edges.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -100,7 +101,7 @@ def frequent_sets(transactions: Sequence[set[int]], support: float, longest: int
     for items in transactions:
         for item in items:
             counts[item] = counts.get(item, 0) + 1
-    least = support * len(transactions)
+    least = max(1, math.ceil(support * len(transactions) - 1e-9))  # 0.07 * 100 is a little above 7
     columns = sorted(item for item, count in counts.items() if count >= least)
     if not columns:
         return {}
@@ -108,6 +109,8 @@ def frequent_sets(transactions: Sequence[set[int]], support: float, longest: int
     table = np.zeros((len(transactions), len(columns)), dtype=bool)
     for row, items in enumerate(transactions):
         table[row, [place[item] for item in items if item in place]] = True
-    found = fpgrowth(pd.DataFrame(table, columns=columns), min_support=support, use_colnames=True, max_len=longest)
+    # Half a graph below the least count: the share is rounded up again in there.
+    share = (least - 0.5) / len(transactions)
+    found = fpgrowth(pd.DataFrame(table, columns=columns), min_support=share, use_colnames=True, max_len=longest)
     sets, shares = found["itemsets"].tolist(), found["support"].tolist()
     return {frozenset(s): round(share * len(transactions)) for s, share in zip(sets, shares)}

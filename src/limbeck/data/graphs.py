@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,8 @@ def syntax_graph(tree: ast.AST) -> Graph:
     return Graph(torch.tensor(types), edges)
 
 
-def _files(package: str) -> list[Path]:
+def _files(package: str) -> list[tuple[str, Path]]:
+    """The source files of a package and their names inside it, without its tests."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -110,28 +112,39 @@ def _files(package: str) -> list[Path]:
         raise UserError(
             f"{package!r} is no package that can be found here", "name packages of the standard library, such as email or asyncio"
         )
-    return sorted(path for folder in spec.submodule_search_locations for path in Path(folder).rglob("*.py") if "test" not in path.parts)
+    found = [(path.relative_to(folder), path) for folder in spec.submodule_search_locations for path in Path(folder).rglob("*.py")]
+    return sorted((name.as_posix(), path) for name, path in found if not {"test", "tests"} & set(name.parts))
+
+
+def _functions(path: Path) -> list[ast.AST]:
+    try:
+        with tokenize.open(path) as file:  # in the encoding that the file declares
+            tree = ast.parse(file.read())
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no source of this Python: {error}", "name other packages") from None
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
 def stdlib_graphs(packages: Sequence[str] = ("email", "asyncio"), least: int = 20, most: int = 150, split_seed: int = 0) -> Source:
     """Syntax trees of functions of Python's standard library; the class is the package (20 to 150 nodes, split by file).
 
     Args:
-        packages: at least two.
+        packages: at least two, each once; folders called `test` or `tests` inside them are left out.
         least, most: nodes of the functions that are kept.
         split_seed: of the order in which files go to train (60 %), valid and test (20 % each); no file is in two parts.
+
+    Raises:
+        UserError: a package is not there, named twice, or has too few files for three parts; a file cannot be parsed.
     """
-    if len(packages) < 2:
-        raise UserError("stdlib-graphs needs at least two packages to tell apart", "for example data.args.packages=[email, asyncio]")
+    if len(set(packages)) < max(2, len(packages)):
+        raise UserError("stdlib-graphs needs at least two packages, each named once", "for example data.args.packages=[email, asyncio]")
     parts: dict[str, tuple[list[Graph], list[int], list[str]]] = {name: ([], [], []) for name in ("train", "valid", "test")}
     for label, package in enumerate(packages):
         found: list[tuple[str, list[Graph]]] = []
-        for path in _files(package):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-            graphs = [g for g in map(syntax_graph, functions) if least <= len(g.types) <= most]
+        for inside, path in _files(package):
+            graphs = [g for g in map(syntax_graph, _functions(path)) if least <= len(g.types) <= most]
             if graphs:
-                found.append((f"{package}:{path.as_posix().split(f'/{package}/', 1)[-1]}", graphs))
+                found.append((f"{package}:{inside}", graphs))
         total, done = sum(len(graphs) for _, graphs in found), 0
         for i in torch.randperm(len(found), generator=generator(split_seed, label)).tolist():
             name, graphs = found[i]

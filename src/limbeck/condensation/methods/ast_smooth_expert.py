@@ -102,14 +102,16 @@ class AST(TrajectoryMatching):
             parts.append(part.reshape(-1))
         return torch.cat(parts)
 
+    def scale(self, begin: int) -> float:
+        return balance(begin, self.max_start) if self.balanced else 1.0
+
     def losses(self, turn: str, set: SyntheticSet, problem: Problem, clock: Clock) -> dict[str, Tensor]:
         low, high = self.starts(clock)
         expert, begin = int(torch.randint(len(self._buffer), ())), int(torch.randint(low, high, ()))
         path = self._buffer.trajectory(expert)
         start = self.perturbed(path[begin])
-        scale = balance(begin, self.max_start) if self.balanced else 1.0
         assert set.lr is not None
-        loss = self.step_loss(set, problem, begin, scale)
+        loss = self.step_loss(set, problem, begin)
         weights = unroll(loss, start, self.syn_steps, set.lr, self.inner_momentum)
         terms = {"trajectory": trajectory_distance(weights[-1], start, path[begin + self.expert_epochs])}
         if self.intermediate != "none" and self.expert_epochs > 1:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.condensation.methods.ftd import FTD
+from limbeck.condensation.methods.ftd import CHUNK, FTD
 from limbeck.condensation.problem import Problem
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.data.choose import generator
@@ -62,7 +62,7 @@ class DATM(FTD):
 
     def begin(self, problem: Problem) -> SyntheticSet:
         made = self._correct(problem) if self.init == "correct" else problem.initial(self.init)
-        self._average = made.images.detach().clone()
+        self._average, self._remains = made.images.detach().clone(), 0.0
         self._before: list[Tensor] | None = None
         if self.soft:
             made = self.soften(made, problem)
@@ -72,8 +72,12 @@ class DATM(FTD):
 
     def _last_logits(self, x: Tensor) -> Tensor:
         """`(experts, B, K)` of every expert's last weights."""
+        found = []
         with torch.no_grad():
-            return torch.stack([self._functional(self._buffer.trajectory(e)[-1], x) for e in range(len(self._buffer))])
+            for expert in range(len(self._buffer)):
+                weights = self._buffer.trajectory(expert)[-1]
+                found.append(torch.cat([self._functional(weights, part) for part in x.split(CHUNK)]))
+        return torch.stack(found)
 
     def _correct(self, problem: Problem) -> SyntheticSet:
         """Per class, the first images of a random order that an expert classifies rightly; experts are tried in turn."""

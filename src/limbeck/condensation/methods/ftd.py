@@ -18,6 +18,12 @@ from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.engine.clock import Clock
 from limbeck.method import Card, setting
 
+CHUNK = 1024
+"""Real samples that experts look at in one go."""
+
+MUCH = 0.2
+"""A moving average that keeps more than this share of the first images is warned of (the paper's 5000 steps at 0.9995 keep 0.08)."""
+
 
 @dataclass
 class FTD(TrajectoryMatching):
@@ -62,12 +68,22 @@ class FTD(TrajectoryMatching):
 
     def begin(self, problem: Problem) -> SyntheticSet:
         made = super().begin(problem)
+        self._remains = 0.0
         self._average = made.images.detach().clone()
         return made
 
     def after_step(self, set: SyntheticSet, problem: Problem, clock: Clock) -> None:
         super().after_step(set, problem, clock)
         self._average.lerp_(set.images.detach(), 1 - self.ema)
+        self._remains = self.ema**clock.total if self.ema else 0.0
+
+    def alarms(self) -> list[str]:
+        found = super().alarms()
+        if self._remains > MUCH:
+            found.append(
+                f"at the end {self._remains:.0%} of the kept images are still those of the beginning: with so few steps lower method.ema"
+            )
+        return found
 
     def memory(self) -> dict[str, Any]:
         return {**super().memory(), "average": self._average}
@@ -92,14 +108,24 @@ def sharpness(method: TrajectoryMatching, problem: Problem, rho: float = 0.05, m
 
     A plain perturbation for every kind of expert, so that the figure compares them.
     """
-    x, y = problem.all()
+    positions, labels = problem.labelled, problem.data.train.labels
+    assert labels is not None
+
+    def loss_at(weights: Tensor) -> tuple[float, Tensor]:
+        """The loss and its gradient, some samples at a time."""
+        value, slope = 0.0, torch.zeros_like(weights)
+        for index in positions.split(CHUNK):
+            weights = weights.detach().requires_grad_(True)
+            y = labels.cpu()[index].to(weights.device)
+            loss = F.cross_entropy(method._functional(weights, problem.at(index)), y, reduction="sum") / len(positions)
+            slope += torch.autograd.grad(loss, weights)[0]
+            value += float(loss.detach())
+        return value, slope
+
     found = []
     for number in range(min(most, len(method._buffer))):
-        weights = method._buffer.trajectory(number)[-1].clone().requires_grad_(True)
-        loss = F.cross_entropy(method._functional(weights, x), y)
-        (gradient,) = torch.autograd.grad(loss, weights)
-        with torch.no_grad():
-            (moved,) = ascent([weights], [gradient], rho, adaptive=False)
-            above: Tensor = F.cross_entropy(method._functional(weights + moved, x), y)
-        found.append(float(above - loss.detach()))
+        weights = method._buffer.trajectory(number)[-1]
+        here, gradient = loss_at(weights)
+        above, _ = loss_at(weights + ascent([weights], [gradient], rho, adaptive=False)[0])
+        found.append(above - here)
     return sum(found) / len(found)

@@ -128,13 +128,17 @@ class TrajectoryMatching(Condenser):
         weights = unroll(loss, start, self.syn_steps, set.lr)
         return {"trajectory": trajectory_distance(weights[-1], start, target)}
 
-    def step_loss(self, set: SyntheticSet, problem: Problem, begin: int, scale: float = 1.0) -> Any:
+    def scale(self, begin: int) -> float:
+        """What the inner loss is multiplied by when the student starts at epoch `begin`."""
+        return 1.0
+
+    def step_loss(self, set: SyntheticSet, problem: Problem, begin: int) -> Any:
         """The loss of inner step k on its batch; batches and augmentations are drawn here, once for all steps.
 
         Args:
             begin: the start epoch.
-            scale: what the loss is multiplied by.
         """
+        scale = self.scale(begin)
         count, size = len(set.images), self.batch_syn or len(set.images)
         order: list[Tensor] = []
         while len(order) < self.syn_steps:
