@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("step_overhead", "epochs", "cached_teacher", "startup")
+SCRIPTS = ("step_overhead", "epochs", "cached_teacher", "startup", "condensation", "mining")
 Row = tuple[str, str, float, float, bool]
 
 
@@ -31,7 +31,7 @@ def run(name: str, *options: str) -> dict[str, Any]:
 def rows(results: dict[str, Any]) -> list[Row]:
     """Script, what is measured, target, figure, and whether the target is met."""
     found: list[Row] = []
-    step, epochs, cached, start = (results.get(name) for name in SCRIPTS)
+    step, epochs, cached, start, condensed, mined = (results.get(name) for name in SCRIPTS)
     if step:
         for case in ("mlp", "resnet", "taps"):
             for arm in ("limbeck", "limbeck_loss") if case in step else ():
@@ -50,6 +50,29 @@ def rows(results: dict[str, Any]) -> list[Row]:
         found.append(("cached_teacher", what, 0.95, got, got >= 0.95))
     for name, target in start["targets"].items() if start else ():
         found.append(("startup", name.replace("_", " "), target, start[name], start[name] <= target))
+    return found + condensation_rows(condensed, mined)
+
+
+def condensation_rows(condensed: dict[str, Any] | None, mined: dict[str, Any] | None) -> list[Row]:
+    """The same of the condensation wing."""
+    found: list[Row] = []
+    if condensed:
+        targets = condensed["targets"]
+        names = {
+            "distribution": "outer step of distribution matching over the papers' loop",
+            "trajectory": "outer step of trajectory matching (10 inner steps) over the papers' loop",
+            "characteristic_over_mean": "a round of characteristic functions over a step of means",
+        }
+        for name, text in names.items():
+            got = condensed[name]["ratio"]
+            found.append(("condensation", text, targets[name], got, got <= targets[name]))
+        got, target = condensed["memory_constant"]["ratio"], targets["memory_40_over_5"]
+        full = condensed["memory_full"]["ratio"]
+        text = f"memory of trajectory matching (constant) at 40 inner steps over 5; full unrolling: {full}"
+        found.append(("condensation", text, target, got, got <= target))
+    if mined:
+        got, target = mined["slope"], mined["targets"]["slope"]
+        found.append(("mining", "slope of log time over log number of graphs (1: linear)", target, got, got <= target))
     return found
 
 

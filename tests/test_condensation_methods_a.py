@@ -66,8 +66,8 @@ def test_datadam_against_hooks(monkeypatch, power):
     for c in range(10):
         (own_maps, own_mean), (maps, mean) = statistics(made.of_class(c)), statistics(own.at(own.of_class(c)))
         assert len(maps) == 3
-        attention += sum(float(((a - b) ** 2).sum()) for a, b in zip(own_maps[:-1], maps[:-1]))
-        means += float(((own_mean - mean) ** 2).sum())
+        attention += sum(float(((a - b).detach() ** 2).sum()) for a, b in zip(own_maps[:-1], maps[:-1]))
+        means += float(((own_mean - mean).detach() ** 2).sum())
     assert float(found["attention"]) == pytest.approx(7 * attention, rel=1e-4)
     assert float(found["means"]) == pytest.approx(7 * 0.3 * means, rel=1e-4)
     with pytest.raises(UserError, match="1 ReLU"):

@@ -95,6 +95,22 @@ def test_the_distance_against_an_ordinary_training(memory, seed):
     assert float(found["trajectory"].detach()) == pytest.approx(distance(end, path[begin], path[begin + 2]), rel=1e-4)
 
 
+@pytest.mark.parametrize("cls", [TrajectoryMatching, DATM])
+def test_further_views_have_the_labels_of_their_originals(cls):
+    """Copies stand behind the originals, whether labels are classes or rows of logits."""
+    method, problem, made = ready(cls, **({"rho": 0.05, "threshold": 10.0} if cls is DATM else {}))
+    method.views = lambda x: torch.cat([x, x.flip(-1)])
+    expert, begin = drawn(method, 1)
+    path = method._buffer.trajectory(expert)
+    x, y = made.decode()
+    y = y if made.logits is None else made.logits.detach().softmax(1)
+    both = torch.cat([x, x.flip(-1)]).detach(), torch.cat([y, y]), 1.0
+    end = trained(problem, path[begin], [both] * 4, 0.05)[-1]
+    torch.manual_seed(1)
+    found = float(method.losses("set", made, problem, CLOCK)["trajectory"].detach())
+    assert found == pytest.approx(distance(end, path[begin], path[begin + 2]), rel=1e-4)
+
+
 def test_batches_use_every_sample_before_any_again():
     method, problem, made = ready(TrajectoryMatching, batch_syn=8, syn_steps=6)
     seen, decode = [], made.decode
@@ -129,7 +145,7 @@ def test_steps_lower_the_distance_and_move_the_rate():
 
 def test_the_first_rate_and_the_first_images():
     method, problem, made = ready(TrajectoryMatching)
-    assert float(made.lr) == pytest.approx(0.05) and torch.equal(made.images, problem.initial("real").images)
+    assert float(made.lr.detach()) == pytest.approx(0.05) and torch.equal(made.images, problem.initial("real").images)
     groups = method.optimizers(made)["set"].param_groups
     assert [g["momentum"] for g in groups] == [0.5, 0.5] and groups[0]["params"][0] is made.images and groups[1]["params"][0] is made.lr
 
