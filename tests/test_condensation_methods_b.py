@@ -335,8 +335,8 @@ def test_others_get_the_same_soft_labels_and_hard_labels_give_none():
 @pytest.mark.parametrize("intermediate", ["adaptive", "agg", "none"])
 @pytest.mark.parametrize("seed", [0, 3])
 def test_terms_against_an_ordinary_training(intermediate, seed):
-    """Three epochs, seven steps: intermediate epochs after steps 2 and 4; momentum, balance and perturbed denominators included."""
-    changes = {"expert_epochs": 3, "syn_steps": 7, "max_start": 3, "penalty": 0.5, "clipping": 2}
+    """Three epochs, eight steps: intermediate epochs after steps 2 and 4; momentum, balance and perturbed denominators included."""
+    changes = {"expert_epochs": 3, "syn_steps": 8, "max_start": 3, "penalty": 0.5, "clipping": 2}
     method, problem, made = ready(AST, intermediate=intermediate, **changes)
     expert, begin = drawn(method, seed)
     path = method._buffer.trajectory(expert)
@@ -344,10 +344,10 @@ def test_terms_against_an_ordinary_training(intermediate, seed):
     half = 1
     factor = math.log(begin - half + 8, 5) if begin >= half else 1 / math.log(half - begin + 8, 5)
     x, y = made.decode()
-    ends = trained(problem, start, [(x.detach(), y, factor)] * 7, 0.05, 0.9)
+    ends = trained(problem, start, [(x.detach(), y, factor)] * 8, 0.05, 0.9)
     torch.manual_seed(seed)
     found = {name: float(value.detach()) for name, value in method.losses("set", made, problem, CLOCK).items()}
-    expected = {"trajectory": distance(ends[6], start, path[begin + 3])}
+    expected = {"trajectory": distance(ends[7], start, path[begin + 3])}
     if intermediate != "none":
         shares = (1.0, 1.0) if intermediate == "agg" else (1 / 3, 2 / 3)
         expected["intermediate"] = sum(share * distance(ends[2 * i - 1], start, path[begin + i]) for i, share in zip((1, 2), shares))
