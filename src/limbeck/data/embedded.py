@@ -77,7 +77,10 @@ def glyphs(size: int = 16, characters: str | None = None, classes: int = 62, jit
 
 
 def stdlib_graphs(packages: tuple[str, ...] = ("email", "asyncio"), least: int = 20, most: int = 150, split_seed: int = 0) -> Source:
-    """Syntax trees of functions of Python's standard library, by package; see `limbeck.data.graphs.stdlib_graphs`."""
+    """About 900 syntax trees of functions of Python's standard library; the class is the package.
+
+    See `limbeck.data.graphs.stdlib_graphs`.
+    """
     from limbeck.data import graphs
 
     return graphs.stdlib_graphs(packages, least, most, split_seed)

@@ -35,7 +35,8 @@ def make_method(spec: schema.Method, given: Any = None) -> Distiller:
     made = given if given is not None else registry.make(spec.id, spec.settings)
     if not isinstance(made, Distiller):
         raise UserError(
-            f"{spec.id} belongs to the wing {made.card.wing}, not to knowledge", "`limbeck methods --wing knowledge` lists this wing's"
+            f"{spec.id} belongs to the wing {made.card.wing}, and this is for the knowledge wing",
+            "`limbeck run` takes recipes of every wing; `limbeck methods --wing knowledge` lists this one's methods",
         )
     return made
 
