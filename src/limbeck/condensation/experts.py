@@ -24,6 +24,7 @@ from limbeck.condensation.sharpness import gsam_direction
 from limbeck.condensation.students import Lesson, Lessons
 from limbeck.data.batches import own_randomness
 from limbeck.engine.clock import Clock
+from limbeck.engine.program import PlainProgram
 from limbeck.errors import UserError
 
 REVISION = 2
@@ -76,7 +77,7 @@ def gradient_penalty(logits: Tensor, x: Tensor) -> Tensor:
     return ((flat.norm(dim=1) - 1) ** 2).mean()
 
 
-class ExpertProgram:
+class ExpertProgram(PlainProgram):
     """One expert as an engine program; the weights after every epoch are its memory, so that it resumes.
 
     Args:
@@ -112,9 +113,6 @@ class ExpertProgram:
     def batches(self, epoch: int, start: int) -> Iterator[Lesson]:
         return self.lessons.epoch(epoch, start)
 
-    def parts(self, batch: Lesson, count: int) -> Sequence[Lesson]:
-        raise NotImplementedError("an expert's batch is not cut into parts")
-
     def turns(self, clock: Clock) -> Sequence[str]:
         return ("expert",)
 
@@ -147,15 +145,6 @@ class ExpertProgram:
 
     def restore(self, memory: dict[str, Any]) -> None:
         self.snapshots = list(memory["snapshots"].to(self.problem.device))
-
-    def evaluate(self) -> dict[str, float]:
-        return {}
-
-    def train(self) -> None:
-        self.network.train()
-
-    def vitals(self) -> list[str]:
-        return []
 
 
 class Buffer:

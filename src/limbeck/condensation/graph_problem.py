@@ -21,6 +21,7 @@ from limbeck.data.choose import generator
 from limbeck.data.graphs import GraphSplit
 from limbeck.engine.clock import Clock
 from limbeck.engine.loop import Loop, Plan
+from limbeck.engine.program import PlainProgram
 from limbeck.engine.session import Session
 from limbeck.errors import UserError
 from limbeck.zoo.graph import CONVOLUTIONS
@@ -124,7 +125,7 @@ class GraphProblem:
         return self.subset(torch.cat([p[torch.randperm(len(p), generator=own)] for p in self.positions]))
 
 
-class GraphStudentProgram:
+class GraphStudentProgram(PlainProgram):
     """One graph network that learns from a set, as an engine program; an epoch draws as many graphs as the set has.
 
     Args:
@@ -154,32 +155,11 @@ class GraphStudentProgram:
             inputs, y = self.set.batch(index)
             yield Lesson(inputs, y, index)  # type: ignore[arg-type]
 
-    def parts(self, batch: Lesson, count: int) -> Sequence[Lesson]:
-        raise NotImplementedError("a batch of graphs is not cut into parts")
-
     def turns(self, clock: Clock) -> Sequence[str]:
         return ("student",)
 
     def losses(self, turn: str, batch: Lesson, clock: Clock) -> dict[str, Tensor]:
         return {"hard": F.cross_entropy(self.network(**batch.x), batch.y)}  # type: ignore[arg-type]
-
-    def after_step(self, clock: Clock) -> None:
-        pass
-
-    def memory(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, memory: dict[str, Any]) -> None:
-        pass
-
-    def evaluate(self) -> dict[str, float]:
-        return {}
-
-    def train(self) -> None:
-        self.network.train()
-
-    def vitals(self) -> list[str]:
-        return []
 
 
 class GraphProtocol(BaseProtocol):

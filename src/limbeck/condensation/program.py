@@ -14,6 +14,7 @@ from limbeck.condensation.condenser import Condenser
 from limbeck.condensation.problem import Problem
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.engine.clock import Clock
+from limbeck.engine.program import PlainProgram
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Tick:
     index: None = None
 
 
-class CondensationProgram:
+class CondensationProgram(PlainProgram):
     """A condenser, its set and its problem as an engine program.
 
     Args:
@@ -49,9 +50,6 @@ class CondensationProgram:
     def batches(self, epoch: int, start: int) -> Iterator[Tick]:
         return (Tick() for _ in range(start, self.steps_per_epoch))
 
-    def parts(self, batch: Tick, count: int) -> Sequence[Tick]:
-        raise NotImplementedError("an outer step is not cut into parts")
-
     def turns(self, clock: Clock) -> Sequence[str]:
         return self.method.turns(clock)
 
@@ -66,9 +64,6 @@ class CondensationProgram:
 
     def restore(self, memory: dict[str, Any]) -> None:
         self.method.restore(memory)
-
-    def evaluate(self) -> dict[str, float]:
-        return {}
 
     def train(self) -> None:
         self.set.train()

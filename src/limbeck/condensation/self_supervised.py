@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,14 @@ from limbeck.condensation.students import Lesson, Lessons
 from limbeck.data.augment import Augment
 from limbeck.data.batches import own_randomness
 from limbeck.engine.clock import Clock
+from limbeck.engine.program import PlainProgram
 from limbeck.losses.kernel import barlow_twins
 
 VIEWS = ("shift:1", "rotate:15", "scale:0.2", "noise:0.1")
 """How two views of a picture are made (amounts for small pictures; nothing is mirrored)."""
 
 
-class BarlowProgram:
+class BarlowProgram(PlainProgram):
     """Trains a network without labels, as an engine program (Zbontar et al. 2021, arXiv:2103.03230).
 
     Args:
@@ -57,9 +57,6 @@ class BarlowProgram:
     def batches(self, epoch: int, start: int) -> Iterator[Lesson]:
         return self.lessons.epoch(epoch, start)
 
-    def parts(self, batch: Lesson, count: int) -> Sequence[Lesson]:
-        raise NotImplementedError("correlations over a batch are not cut into parts")
-
     def turns(self, clock: Clock) -> Sequence[str]:
         return ("network",)
 
@@ -69,22 +66,3 @@ class BarlowProgram:
     def losses(self, turn: str, batch: Lesson, clock: Clock) -> dict[str, Tensor]:
         first, second = (self.projector(self.network(self._view(batch.x))) for _ in range(2))
         return {"redundancy": barlow_twins(first, second)}
-
-    def after_step(self, clock: Clock) -> None:
-        pass
-
-    def memory(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, memory: dict[str, Any]) -> None:
-        pass
-
-    def evaluate(self) -> dict[str, float]:
-        return {}
-
-    def train(self) -> None:
-        self.network.train()
-        self.projector.train()
-
-    def vitals(self) -> list[str]:
-        return []

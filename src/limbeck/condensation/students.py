@@ -21,6 +21,7 @@ from limbeck.data.augment import Augment
 from limbeck.data.choose import generator
 from limbeck.engine.clock import Clock
 from limbeck.engine.loop import Loop, Plan
+from limbeck.engine.program import PlainProgram
 from limbeck.losses import cross_entropy
 
 STACKED_BATCH = 64
@@ -128,7 +129,7 @@ def lesson_loss(logits: Tensor, y: Tensor, loss: str = "ce", temperature: float 
     return crossed if loss == "soft_ce" else crossed + torch.special.xlogy(target, target).sum(-1).mean()
 
 
-class StudentsProgram:
+class StudentsProgram(PlainProgram):
     """Several networks of one architecture that learn from the same lessons, as an engine program.
 
     Args:
@@ -179,25 +180,6 @@ class StudentsProgram:
         each = torch.stack([lesson_loss(logits, batch.y, **self.how) for logits in said])
         # a student whose learning rate was too high must not stop the others: it is left as it is and scores what it then scores
         return {"hard" if self.how["loss"] == "ce" else "soft": torch.where(each.isfinite(), each, torch.zeros_like(each)).sum()}
-
-    def after_step(self, clock: Clock) -> None:
-        pass
-
-    def memory(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, memory: dict[str, Any]) -> None:
-        pass
-
-    def evaluate(self) -> dict[str, float]:
-        return {}
-
-    def train(self) -> None:
-        for network in self.networks:
-            network.train()
-
-    def vitals(self) -> list[str]:
-        return []
 
 
 def train_students(

@@ -66,3 +66,38 @@ class Program(Protocol):
     def vitals(self) -> list[str]:
         """Alarms about the last batch, each one line (constant output, collapsed entropy); mostly empty."""
         ...
+
+
+class PlainProgram:
+    """What most programs leave as it is: one batch in one piece, no memory, no measurement, no alarms. Derive from it and give the rest."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained, by name."""
+        raise NotImplementedError
+
+    def parts(self, batch: Any, count: int) -> Sequence[Any]:
+        """Refuses: a program that can cut its batch says how."""
+        raise NotImplementedError(f"a batch of {type(self).__name__} is not cut into parts")
+
+    def after_step(self, clock: Clock) -> None:
+        """Nothing to do."""
+
+    def memory(self) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def restore(self, memory: dict[str, Any]) -> None:
+        """Nothing to take back."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Nothing is measured while it trains."""
+        return {}
+
+    def train(self) -> None:
+        """Every module into training mode."""
+        for module in self.modules().values():
+            module.train()
+
+    def vitals(self) -> list[str]:
+        """No alarms."""
+        return []

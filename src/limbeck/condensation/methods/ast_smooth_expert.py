@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,17 +65,7 @@ class AST(TrajectoryMatching):
     intermediate: str = setting("adaptive", "weights of intermediate epochs: 1, i / M, or none", choices=("agg", "adaptive", "none"))
 
     def schooling(self) -> Schooling:
-        return Schooling(
-            self.experts,
-            self.epochs,
-            self.expert_batch,
-            self.expert_lr,
-            self.expert_momentum,
-            self.expert_decay,
-            clipping=self.clipping,
-            penalty=self.penalty,
-            drop=self.drop,
-        )
+        return replace(super().schooling(), clipping=self.clipping, penalty=self.penalty, drop=self.drop)
 
     def prepare(self, problem: Problem) -> None:
         if self.memory_use == "constant":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,17 +54,7 @@ class FTD(TrajectoryMatching):
     )
 
     def schooling(self) -> Schooling:
-        return Schooling(
-            self.experts,
-            self.epochs,
-            self.expert_batch,
-            self.expert_lr,
-            self.expert_momentum,
-            self.expert_decay,
-            rho=self.rho,
-            alpha=self.alpha,
-            adaptive=self.adaptive,
-        )
+        return replace(super().schooling(), rho=self.rho, alpha=self.alpha, adaptive=self.adaptive)
 
     def begin(self, problem: Problem) -> SyntheticSet:
         made = super().begin(problem)
