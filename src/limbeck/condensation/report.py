@@ -27,7 +27,7 @@ MEANING = (
 
 
 def _cell(score: Score) -> str:
-    return f"{100 * score.mean:.1f} ± {100 * score.std:.1f} %"
+    return f"{100 * score.mean:.1f} ±{100 * score.std:.1f}"
 
 
 def _ordered(entries: Sequence[Entry]) -> list[Entry]:
@@ -39,11 +39,11 @@ def _ordered(entries: Sequence[Entry]) -> list[Entry]:
 def table(entries: Sequence[Entry], protocol: BaseProtocol) -> dict[str, Any]:
     """Head and rows of the result, for terminal, page and card."""
     names = list(protocol.architectures)
-    head = ["trained on", "samples", "stored", *names]
+    head = ["trained on", "samples", "stored", *(f"{name} %" for name in names)]
     rows = []
     for entry in _ordered(entries):
         cells = [str(entry.samples), human(sum(entry.bytes.values()), "B"), *(_cell(entry.scores[name]) for name in names)]
-        name = f"synthetic: {entry.name}" if entry.key == "student" else entry.name
+        name = "synthetic set" if entry.key == "student" else entry.name
         rows.append({"key": entry.key, "name": name, "cells": cells})
     return {"head": head, "rows": rows, "text": MEANING}
 
@@ -62,6 +62,12 @@ def headline(entries: Sequence[Entry], protocol: BaseProtocol) -> str:
         text += f": {100 * abs(gap):.1f} points {way} than {best.name} ({percent(best.scores[inner].mean)}), the best of the baselines"
         text += "" if gap > 0 else ", so it did not help here"
     text += "."
+    for name in list(own.scores)[1:]:
+        text += f" On {name}, which took no part: {percent(own.scores[name].mean)}"
+        if others:
+            best = max(others, key=lambda entry: entry.scores[name].mean)
+            text += f" ({best.name} {percent(best.scores[name].mean)})"
+        text += "."
     if "teacher" in by_key:
         whole = by_key["teacher"]
         times = sum(whole.bytes.values()) / size
@@ -113,11 +119,12 @@ def _pictures(made: SyntheticSet) -> Section:
     return part
 
 
-def _storage(summary: Mapping[str, Any]) -> Section:
+def _storage(entries: Sequence[Entry]) -> Section:
     rows = []
-    for key, parts in summary["storage"].items():
+    for entry in _ordered(entries):
+        parts = entry.bytes
         cells = [f"{parts.get(name, 0):,}".replace(",", " ") for name in ("images", "labels", "soft labels", "other")]
-        name = {"student": "synthetic", "teacher": "the whole set"}.get(key, key)
+        name = "synthetic set" if entry.key == "student" else entry.name
         rows.append({"key": "", "name": name, "cells": [*cells, f"{sum(parts.values()):,}".replace(",", " ")]})
     head = ["bytes", "samples", "hard labels", "soft labels", "other", "sum"]
     text = "Everything that a student needs is counted: soft labels are not free. Real pictures count one byte a value."
@@ -184,7 +191,7 @@ def sections(
     drawn = figures.terms(log, "value", summary["main_phase"])
     curve.picture(drawn, "each term over the outer steps", "No curve: this method optimises nothing.")
     parts = [_pictures(made), _budget(entries, summary, protocol), _architectures(entries, protocol)]
-    return [*parts, _storage(summary), _robust(summary), curve]
+    return [*parts, _storage(entries), _robust(summary), curve]
 
 
 def card(summary: Mapping[str, Any]) -> str:
