@@ -284,7 +284,7 @@ export runs/live --format hf => transformers
 export runs/live --format safetensors --out runs/live/student => not empty
 export runs/live => --format
 inspect => no model
-inspect cn --data digits => did you mean 'cnn'
+inspect cn --data digits => or 'cnn'
 inspect cnn => --input-shape 1,8,8
 inspect cnn --input-shape 1,0 => no shape
 inspect cnn --data digits --args widht=3 => 'width'

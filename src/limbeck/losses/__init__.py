@@ -35,6 +35,9 @@ from limbeck.losses.features import (
     norm_and_direction,
     normalized_mse,
 )
+from limbeck.losses.inversion import image_variation, statistics_distance
+from limbeck.losses.kernel import barlow_twins, kernel_ridge_prediction
+from limbeck.losses.matching import characteristic_discrepancy, class_attention, gradient_distance, mean_distance
 from limbeck.losses.ranking import list_mle, plackett_luce
 from limbeck.losses.relational import cka, correlation, pearson, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.transport import batch_transport, sinkhorn, sinkhorn_distance
@@ -43,22 +46,29 @@ __all__ = [
     "alpha_divergence",
     "attention_map",
     "attention_transfer",
+    "barlow_twins",
     "batch_transport",
     "bernoulli_kl",
     "binary_cross_entropy",
+    "characteristic_discrepancy",
     "cka",
+    "class_attention",
     "correlation",
     "cosine_distance",
     "cross_entropy",
     "decoupled_kd",
     "entropy",
     "forward_kl",
+    "gradient_distance",
+    "image_variation",
     "info_nce",
     "jeffreys",
     "jensen_shannon",
+    "kernel_ridge_prediction",
     "kl",
     "l1",
     "list_mle",
+    "mean_distance",
     "mse",
     "norm_and_direction",
     "normalized_mse",
@@ -72,6 +82,7 @@ __all__ = [
     "sinkhorn_distance",
     "skew_kl",
     "soft_cross_entropy",
+    "statistics_distance",
     "supervised_contrastive",
     "target_enhanced_cross_entropy",
     "total_variation",

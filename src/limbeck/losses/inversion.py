@@ -44,6 +44,9 @@ def image_variation(x: Tensor) -> Tensor:
 
     Args:
         x: `(B, C, H, W)`.
+
+    >>> float(image_variation(torch.ones(1, 1, 4, 4)))
+    0.0
     """
     x = wide(x)
     right, below = x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]

@@ -22,6 +22,10 @@ def kernel_ridge_prediction(support: Tensor, targets: Tensor, queries: Tensor, r
     Args:
         support: `(n, p)` features of the synthetic samples. targets: `(n, d)`. queries: `(B, p)` features of real samples.
         ridge: relative to the trace.
+
+    >>> x = torch.eye(3)
+    >>> bool(torch.allclose(kernel_ridge_prediction(x, 2 * x, x), 2 * x, atol=1e-3))
+    True
     """
     if ridge <= 0:
         raise UserError(f"the ridge is {ridge}", "give a positive number: the kernel matrix need not have full rank")
@@ -39,6 +43,10 @@ def barlow_twins(first: Tensor, second: Tensor, redundancy: float = 5e-3) -> Ten
 
     Args:
         first, second: `(B, d)` features of two views of the same samples.
+
+    >>> z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    >>> float(barlow_twins(z, z))
+    0.0
     """
     a, b = ((wide(z) - wide(z).mean(0)) / wide(z).std(0, unbiased=False).clamp_min(1e-5) for z in (first, second))
     table = a.T @ b / len(a)

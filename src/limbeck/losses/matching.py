@@ -27,6 +27,9 @@ def gradient_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor], metri
 
     Args:
         synthetic, real: one gradient a parameter, in the same order.
+
+    >>> round(float(gradient_distance([torch.eye(3)], [-torch.eye(3)])), 3)
+    6.0
     """
     if len(synthetic) != len(real):
         raise UserError(f"{len(synthetic)} gradients are compared with {len(real)}", "take both of the same parameters")
@@ -64,6 +67,9 @@ def class_attention(features: Tensor, power: float = 1.0) -> Tensor:
     Args:
         features: `(B, C, H, W)`.
         power: 1 in the released code of DataDAM, 4 in its paper.
+
+    >>> class_attention(torch.ones(1, 2, 1, 4))
+    tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     return F.normalize(wide(features).abs().pow(power).sum(1).flatten(1), dim=1, eps=1e-12)
 
@@ -91,6 +97,10 @@ def characteristic_discrepancy(
 
     Returns:
         a scalar: the sum over the leading axes of the mean over frequencies.
+
+    >>> x = torch.eye(2)
+    >>> float(characteristic_discrepancy(x, x, torch.ones(3, 2))) < 1e-5
+    True
     """
     own_re, own_im = characteristic(synthetic, frequencies)
     re, im = characteristic(real, frequencies)

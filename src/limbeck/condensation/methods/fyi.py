@@ -55,6 +55,8 @@ class FYI(Condenser):
             raise UserError(
                 f"fyi cannot wrap {self.base}", "wrap a matching method: distribution-matching, gradient-matching, trajectory-matching ..."
             )
+        if self.init != "real":
+            raise UserError("fyi has no start of its own", f"set method.base_settings.init={self.init}")
         self._base = made
         self._base.views = mirrored  # type: ignore[method-assign]
         self.iterations = self.iterations or made.iterations
