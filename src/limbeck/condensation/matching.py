@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from limbeck.condensation.functional import frozen
 from limbeck.condensation.problem import Problem
 from limbeck.condensation.synthetic import SyntheticSet
-from limbeck.signals import Reader
+from limbeck.signals import Reader, Signals
 
 
 @dataclass
@@ -48,6 +48,34 @@ def class_means(features: Tensor, counts: Sequence[int]) -> Tensor:
     if len(set(counts)) == 1:
         return features.unflatten(0, (len(counts), counts[0])).mean(1)
     return torch.stack([part.mean(0) for part in features.split(list(counts))])
+
+
+TOGETHER = 1 << 15
+"""Numbers of input that go through a network in one pass: tiny samples of all classes together, larger ones class by class.
+
+On a CPU a small pass costs little more than its overhead, and a large one falls out of the cache (measured, `benchmarks/condensation.py`).
+"""
+
+
+def class_signals(reader: Reader, x: Tensor, counts: Sequence[int], pick: Callable[[Signals], list[Tensor]]) -> list[Tensor]:
+    """`(K, ...)` class means of what `pick` takes from the signals of samples that stand class after class.
+
+    Args:
+        reader: of an inner network; one with BatchNorm sees all classes in one pass, because its statistics are those of a pass.
+        x: `(sum(counts), ...)`.
+        counts: samples of each class.
+        pick: signals to tensors with one row a sample.
+    """
+    mixes = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in reader.model.modules())
+    groups: list[list[int]] = [[]]
+    for count in counts:
+        if groups[-1] and not mixes and (sum(groups[-1]) + count) * x[0].numel() > TOGETHER:
+            groups.append([])
+        groups[-1].append(count)
+    found: list[list[Tensor]] = []
+    for part, group in zip(x.split([sum(group) for group in groups]), groups):
+        found.append([class_means(value, group) for value in pick(reader(part))])
+    return [torch.cat(values) if len(values) > 1 else values[0] for values in zip(*found)]
 
 
 class RandomEncoder:

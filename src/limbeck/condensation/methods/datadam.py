@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from limbeck.condensation.matching import class_means, sides
+from limbeck.condensation.matching import class_signals, sides
 from limbeck.condensation.methods.distribution_matching import DistributionMatching
 from limbeck.condensation.problem import Problem
 from limbeck.condensation.synthetic import SyntheticSet
@@ -15,6 +15,7 @@ from limbeck.engine.clock import Clock
 from limbeck.errors import UserError
 from limbeck.losses.matching import class_attention
 from limbeck.method import Card, setting
+from limbeck.signals import Signals
 
 
 @dataclass
@@ -57,14 +58,14 @@ class DataDAM(DistributionMatching):
             self._taps = self._layers(problem)
         both = sides(set, problem, self.batch_real, self.views)
         reader = self._encoder(problem, "embedding", *self._taps)
+        paths = [tap.removeprefix("at:") for tap in self._taps]
+
+        def pick(signals: Signals) -> list[Tensor]:
+            return [*(class_attention(signals.at[path], self.power) for path in paths), signals.embedding]
+
         with torch.no_grad():
-            said = reader(both.real)
-            maps = [class_means(class_attention(said.at[tap.removeprefix("at:")], self.power), both.real_counts) for tap in self._taps]
-            real = class_means(said.embedding, both.real_counts)
-        own = reader(both.synthetic)
-        attention = torch.zeros((), device=set.images.device)
-        for tap, wanted in zip(self._taps, maps):
-            found = class_means(class_attention(own.at[tap.removeprefix("at:")], self.power), both.counts)
-            attention = attention + ((found - wanted) ** 2).sum()
-        last = ((class_means(own.embedding, both.counts) - real) ** 2).sum()
+            *maps, real = class_signals(reader, both.real, both.real_counts, pick)
+        *own, synthetic = class_signals(reader, both.synthetic, both.counts, pick)
+        attention = torch.stack([((found - wanted) ** 2).sum() for found, wanted in zip(own, maps)]).sum()
+        last = ((synthetic - real) ** 2).sum()
         return {"attention": self.layer_weight * attention, "means": self.layer_weight * self.balance * last}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from limbeck.condensation.condenser import Condenser
-from limbeck.condensation.matching import RandomEncoder, class_means, sides
+from limbeck.condensation.matching import RandomEncoder, class_signals, sides
 from limbeck.condensation.problem import Problem
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.engine.clock import Clock
@@ -51,7 +51,8 @@ class DistributionMatching(Condenser):
     def losses(self, turn: str, set: SyntheticSet, problem: Problem, clock: Clock) -> dict[str, Tensor]:
         both = sides(set, problem, self.batch_real, self.views)
         reader = self._encoder(problem, "embedding")
+        pick = lambda signals: [signals.embedding]  # noqa: E731
         with torch.no_grad():
-            real = class_means(reader(both.real).embedding, both.real_counts)
-        synthetic = class_means(reader(both.synthetic).embedding, both.counts)
+            (real,) = class_signals(reader, both.real, both.real_counts, pick)
+        (synthetic,) = class_signals(reader, both.synthetic, both.counts, pick)
         return {"means": ((synthetic - real) ** 2).sum()}
