@@ -124,8 +124,11 @@ def test_mining_against_enumeration(transactions, percent, longest):
 
 def test_a_set_at_the_very_threshold_is_frequent():
     """0.07 * 100 is above 7 in floating point; 7 of 100 graphs are 7 %, 6 are not."""
-    assert frequent_sets([{1}] * 7 + [set()] * 93, 0.07) == {frozenset({1}): 7}
-    assert frequent_sets([{1}] * 6 + [set()] * 94, 0.07) == {}
+    every = [frozenset(c) for size in (1, 2, 3) for c in itertools.combinations((1, 2, 3), size)]
+    assert frequent_sets([{1, 2, 3}] * 7 + [set()] * 93, 0.07) == dict.fromkeys(every, 7)
+    assert frequent_sets([{1, 2, 3}] * 6 + [set()] * 94, 0.07) == {}
+    branched = [{1, 2}] * 7 + [{1}] * 20 + [{2}] * 20 + [set()] * 53
+    assert frequent_sets(branched, 0.07)[frozenset({1, 2})] == 7
 
 
 def test_supports_are_recounted(data):
@@ -143,6 +146,15 @@ def test_supports_are_recounted(data):
         assert counts[member.label] == member.support >= level * sizes[member.label]
         other = 1 - member.label
         assert counts[other] < level * sizes[other]
+
+
+def test_nodes_without_neighbours_are_skipped():
+    """An isolated node's tree has no edge, so that its root could not be told from the file; the others are mined without it."""
+    data = toy()
+    alone = [Graph(torch.cat([g.types, torch.tensor([3 * (i % 2)])]), g.edges) for i, g in enumerate(data.train.graphs)]
+    data.train = GraphSplit(alone, data.train.labels, 4)
+    made = Mirage(hops=1).begin(problem_of(data, per_class=8))
+    assert all(bool((m.graph.edges[1] == root).any()) for m in made.members for root in m.roots)
 
 
 def test_nothing_is_trained_and_nothing_is_drawn(data):

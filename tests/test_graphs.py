@@ -227,6 +227,11 @@ def test_mirage_from_the_command_line(limbeck, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 0 < summary["metrics"]["student"]["auc"] < 1 and summary["metrics"]["student"]["bytes"] > 0
     assert (tmp_path / "run" / "dataset" / "set.safetensors").is_file() and "mirage" in done.stdout
+    assert "geometric()" in (tmp_path / "run" / "dataset" / "README.md").read_text()
+    again = limbeck("evaluate", "run", "--json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert {name: score["mean"] for name, score in found["scores"].items()} == pytest.approx(found["recorded"])
     wrong = limbeck("run", "g.yaml", "--out", "other", "--set", "method=distribution-matching", cwd=tmp_path)
     assert wrong.returncode == 2 and "condenses samples" in wrong.stderr and "Traceback" not in wrong.stderr
     student = limbeck("run", "g.yaml", "--out", "third", "--set", "student=cnn", cwd=tmp_path)

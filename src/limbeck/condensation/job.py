@@ -260,6 +260,8 @@ def _outcome(
         "data": problem.data.describe(),
         "main_phase": PHASE,
     }
+    if problem.graphs:
+        summary["graphs"] = {"node_types": problem.input_shape[0], "members": len(made)}
     summary["table"] = report.table(entries, protocol)
     summary["headline"] = report.headline(entries, protocol)
     sections = lambda summary, log: report.sections(made, entries, summary, log, protocol)  # noqa: E731

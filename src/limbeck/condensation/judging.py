@@ -9,6 +9,7 @@ from typing import Any
 
 from limbeck import models
 from limbeck import recipe as schema
+from limbeck.condensation.graphset import GraphSet
 from limbeck.condensation.job import open_problem
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.engine.session import Session, choose_device
@@ -19,6 +20,24 @@ def is_set(path: str | Path) -> bool:
     """Whether a folder is a synthetic set, or a run that made one."""
     path = Path(path).expanduser()
     return any((folder / "set.json").is_file() for folder in (path, path / "dataset"))
+
+
+def load_dataset(folder: str | Path) -> SyntheticSet | GraphSet:
+    """Open the set of a run, or any folder that `SyntheticSet.save` or `GraphSet.save` wrote.
+
+    Args:
+        folder: a run's folder, or the `dataset/` folder inside it.
+
+    Raises:
+        UserError: there is no set in it, or its files are torn or altered.
+    """
+    folder = Path(folder).expanduser()
+    note = next((f / "set.json" for f in (folder / "dataset", folder) if (f / "set.json").is_file()), None)
+    try:
+        kind = "" if note is None else json.loads(note.read_text("utf-8")).get("kind", "")
+    except (ValueError, AttributeError):
+        kind = ""  # what is damaged is said by `load`
+    return GraphSet.load(folder) if kind == "limbeck graph set" else SyntheticSet.load(folder)
 
 
 def judge(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
@@ -38,7 +57,7 @@ def judge(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     import torch
 
     path = Path(path).expanduser()
-    made = SyntheticSet.load(path)
+    made = load_dataset(path)
     run = next((folder for folder in (path, path.parent) if (folder / "recipe.yaml").is_file()), None)
     if run is None:
         raise UserError(f"{path} lies outside its run, so its protocol is unknown", "name the folder of the run that made it")
@@ -49,10 +68,11 @@ def judge(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     session = Session(device=choose_device(recipe.device))
     data = models.open_recipe_data(recipe.data)
     problem = open_problem(recipe, data, session, {})
-    if tuple(made.images.shape[1:]) != problem.input_shape:
-        shape = tuple(made.images.shape[1:])
+    shape = (made.node_types,) if isinstance(made, GraphSet) else tuple(made.images.shape[1:])
+    if isinstance(made, GraphSet) != problem.graphs or shape != problem.input_shape:
         raise UserError(f"the set has samples of shape {shape}, the data {problem.input_shape}", "name the data that it was made from")
-    made = made.to(session.device)
+    if isinstance(made, SyntheticSet):
+        made = made.to(session.device)
     protocol = problem.protocol(recipe)
     scores = {name: protocol.score(made, name) for name in protocol.architectures}
     file = run / "summary.json"
@@ -65,12 +85,3 @@ def judge(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
         "scores": {n: {"accuracies": s.accuracies, "mean": s.mean, "std": s.std, "lr": s.lr} for n, s in scores.items()},
         "recorded": {name: sum(found["accuracies"]) / len(found["accuracies"]) for name, found in before.items()},
     }
-
-
-def load_dataset(folder: str | Path) -> SyntheticSet:
-    """Open the synthetic set of a run (or any folder that `SyntheticSet.save` wrote).
-
-    Args:
-        folder: a run's folder, or the `dataset/` folder inside it.
-    """
-    return SyntheticSet.load(folder)

@@ -26,6 +26,19 @@ MEANING = (
 )
 
 
+CARD = (
+    "Open it with `limbeck.load_dataset(folder)`: `.torch_dataset()` for torch, `.hf_dataset()` for Hugging Face datasets. Without",
+    "limbeck: `set.safetensors` holds the pixels (uint8 with `images.range` = lowest value and step, in units of `mean` and `std` of",
+    "`set.json`) and the labels.",
+)
+
+GRAPH_CARD = (
+    "Open it with `limbeck.load_dataset(folder)`: `.geometric()` gives a list of PyTorch Geometric graphs, `r` the mask of the roots that",
+    "are summed. Without limbeck: `set.safetensors` holds node types, the edges of each graph (children to parents in mined trees) and the",
+    "classes.",
+)
+
+
 def _cell(score: Score) -> str:
     return f"{100 * score.mean:.1f} ±{100 * score.std:.1f}"
 
@@ -211,9 +224,7 @@ def card(summary: Mapping[str, Any]) -> str:
         "",
         MEANING,
         "",
-        "Open it with `limbeck.load_dataset(folder)`: `.torch_dataset()` for torch, `.hf_dataset()` for Hugging Face datasets. Without",
-        "limbeck: `set.safetensors` holds the pixels (uint8 with `images.range` = lowest value and step, in units of `mean` and `std` of",
-        "`set.json`) and the labels.",
+        *(GRAPH_CARD if "graphs" in summary else CARD),
         "",
         f"Seed {summary['seed']}. Made with {', '.join(f'{k} {v}' for k, v in summary.get('versions', {}).items())}.",
         "",
