@@ -58,9 +58,9 @@ class CVDD(SRe2L):
         return list(problem.teachers)
 
     def prepare(self, problem: Problem) -> None:
-        super().prepare(problem)
-        # copies: training mode must not move the running statistics of the teachers themselves
+        # copies, made before the readers' hooks: training mode must not move the running statistics of the teachers themselves
         self._live = {name: _training_copy(problem.teachers[name]) for name in self.used(problem)}
+        super().prepare(problem)
 
     def committee(self, group: int, problem: Problem) -> list[tuple[BatchStatistics, float]]:
         names = list(self._readers)

@@ -48,7 +48,7 @@ class INFER(SRe2L):
     temperature: float = setting(30.0, "T of the students' KL (paper: 30)", above=0)
 
     def used(self, problem: Problem) -> list[str]:
-        return [self.member] if self.member else list(problem.teachers)
+        return super().used(problem) if self.member else list(problem.teachers)
 
     def begin(self, problem: Problem) -> SyntheticSet:
         members, classes = len(self.used(problem)), problem.classes

@@ -103,7 +103,7 @@ class KRRST(Condenser):
             read = lambda x: trained(x)  # noqa: E731
         with torch.no_grad():
             said = torch.cat([read(problem.at(index)) for index in self._source.split(1024)])
-        mean, std = said.mean(0), said.std().clamp_min(1e-6)
+        mean, std = said.mean(0), (said - said.mean(0)).std().clamp_min(1e-6)
         self._width = said.shape[1]
 
         def features(x: Tensor) -> Tensor:
