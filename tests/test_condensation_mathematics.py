@@ -20,9 +20,10 @@ from limbeck.condensation.siamese import Draw, Siamese
 from limbeck.condensation.students import lesson_loss
 from limbeck.condensation.unrolling import constant_memory_gradient, train, trajectory_distance, unroll
 from limbeck.errors import UserError
+from limbeck.losses import attention_map
 from limbeck.losses.inversion import image_variation, statistics_distance
 from limbeck.losses.kernel import barlow_twins, kernel_ridge_prediction
-from limbeck.losses.matching import characteristic, characteristic_discrepancy, class_attention, gradient_distance, mean_distance
+from limbeck.losses.matching import characteristic, characteristic_discrepancy, gradient_distance, mean_distance
 
 torch.set_num_threads(1)
 
@@ -67,10 +68,10 @@ def test_mean_distance():
 def test_attention_vectors_have_length_one():
     x = wide(4, 3, 5, 5)
     for power in (1.0, 4.0):
-        found = class_attention(x, power)
+        found = attention_map(x, power)
         assert found.shape == (4, 25) and torch.allclose(found.norm(dim=1), torch.ones(4, dtype=torch.float64))
     one = (x[1].abs() ** 4).sum(0).flatten()
-    assert torch.allclose(class_attention(x, 4.0)[1], one / one.norm())
+    assert torch.allclose(attention_map(x, 4.0)[1], one / one.norm())
 
 
 def test_characteristic_function_of_a_gaussian():

@@ -343,15 +343,3 @@ def test_the_embedded_recipe_is_valid():
     recipe = recipes.load("tiny-graphs")
     assert recipe.method.id == "mirage" and recipe.data.source == "stdlib-graphs"
     GraphProblem(open_data(recipe.data.source), recipe.condense, Session())
-
-
-def test_the_benchmark_checks_itself():
-    """On tiny sizes: the counts of copies are multiples, and one line of JSON is printed."""
-    import json
-    import subprocess
-    from pathlib import Path
-
-    script = Path(__file__).resolve().parent.parent / "benchmarks" / "mining.py"
-    done = subprocess.run([sys.executable, str(script), "--quick"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip())["benchmark"] == "mining"

@@ -206,6 +206,29 @@ def make(id: str, settings: typing.Mapping[str, Any] | None = None) -> Method:
     return cls(**dict(settings or {}))
 
 
+Kind = typing.TypeVar("Kind", bound=Method)
+
+
+def of_wing(id: str, settings: typing.Mapping[str, Any], given: Any, kind: type[Kind], wing: str) -> Kind:
+    """A method that belongs to a wing: an object that was given, else one made from its id and settings.
+
+    Args:
+        given: an instance, or None.
+        kind: what the wing's methods derive from.
+        wing: its name, for the message.
+
+    Raises:
+        UserError: it belongs to another wing.
+    """
+    made = given if given is not None else make(id, settings)
+    if not isinstance(made, kind):
+        raise UserError(
+            f"{id} belongs to the wing {made.card.wing}, and this is for the {wing} wing",
+            f"`limbeck run` takes recipes of every wing; `limbeck methods --wing {wing}` lists this one's methods",
+        )
+    return made
+
+
 def everything() -> list[type[Method]]:
     """Every registered method's class, by wing, then by id. Imports them all (and torch)."""
     order = {wing: number for number, wing in enumerate(WINGS)}

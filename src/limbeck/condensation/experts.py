@@ -21,7 +21,7 @@ from limbeck.condensation.condenser import surrogate
 from limbeck.condensation.functional import Functional
 from limbeck.condensation.problem import Problem
 from limbeck.condensation.sharpness import gsam_direction
-from limbeck.condensation.students import Lesson, Lessons
+from limbeck.condensation.students import Lesson, real_lessons
 from limbeck.data.batches import own_randomness
 from limbeck.engine.clock import Clock
 from limbeck.engine.program import PlainProgram
@@ -89,11 +89,7 @@ class ExpertProgram(PlainProgram):
 
     def __init__(self, network: nn.Module, problem: Problem, how: Schooling, seed: int) -> None:
         self.network, self.problem, self.how = network, problem, how
-        labels = problem.data.train.labels
-        assert labels is not None
-        own = labels.cpu()[problem.labelled].to(problem.device)
-        take = lambda index: problem.at(problem.labelled[index.cpu()])  # noqa: E731
-        self.lessons = Lessons(take, own, how.batch, seed=seed)
+        self.lessons = real_lessons(problem, how.batch, seed=seed)
         self.steps_per_epoch = self.lessons.steps_per_epoch
         self.total = how.epochs * self.steps_per_epoch
         self.half = 0 if how.drop == 1 else how.epochs // 2

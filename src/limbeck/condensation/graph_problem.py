@@ -14,13 +14,12 @@ from limbeck import method as registry
 from limbeck import schema, zoo
 from limbeck.condensation.graphset import GraphSet, Member
 from limbeck.condensation.scoring import BaseProtocol, Score
-from limbeck.condensation.students import Lesson
+from limbeck.condensation.students import Lesson, run_quietly
 from limbeck.data import Data
 from limbeck.data.batches import own_randomness
 from limbeck.data.choose import generator
 from limbeck.data.graphs import GraphSplit
 from limbeck.engine.clock import Clock
-from limbeck.engine.loop import Loop, Plan
 from limbeck.engine.program import PlainProgram
 from limbeck.engine.session import Session
 from limbeck.errors import UserError
@@ -184,9 +183,7 @@ class GraphProtocol(BaseProtocol):
     def whole(self, architecture: str | None = None) -> Score:
         """The same for all real training graphs, with `condense.whole_training` in place of the students' length."""
         architecture = architecture or self.inner
-        base = self.condense.students.model_dump() | {"steps": None} | self.condense.whole_training
-        training = schema.Training.model_validate(base)
-        problem = self.problem
+        training, problem = self.whole_training, self.problem
         labels = problem.train.labels.tolist()
         members = [Member(graph, label) for graph, label in zip(problem.train.graphs, labels) if label >= 0]
         made = GraphSet(members, problem.data.classes, problem.input_shape[0])
@@ -196,8 +193,7 @@ class GraphProtocol(BaseProtocol):
         accuracies, areas = [], []
         for number, network in enumerate(self.students(architecture, self.condense.seeds)):
             with own_randomness(self.problem.seed, 78, number):
-                program = GraphStudentProgram(network, set, training)
-                Loop(program, Plan(training=training, total=program.total, watch=0, log_every=program.total), "students").run()
+                run_quietly(GraphStudentProgram(network, set, training))
             accuracy, area = self._accuracy(network.eval())
             accuracies.append(accuracy)
             areas.append(area)

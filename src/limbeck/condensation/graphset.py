@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from limbeck import storage
-from limbeck.data.graphs import Graph
+from limbeck.data.graphs import Graph, union
 from limbeck.errors import UserError
 from limbeck.outcome import Artifact
 
@@ -80,17 +81,9 @@ class GraphSet(Artifact):
     def batch(self, index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """What a graph network is called with, and the classes `(B,)`, of the members at `index`."""
         chosen = [self.members[i] for i in index.tolist()]
-        starts = [0]
-        for member in chosen:
-            starts.append(starts[-1] + len(member.graph.types))
-        inputs: dict[str, Any] = {
-            "x": torch.cat([m.graph.types for m in chosen]),
-            "edge_index": torch.cat([m.graph.edges + start for m, start in zip(chosen, starts)], 1),
-            "batch": torch.cat([torch.full((len(m.graph.types),), i) for i, m in enumerate(chosen)]),
-            "count": len(chosen),
-        }
+        starts = itertools.accumulate((len(m.graph.types) for m in chosen), initial=0)
         roots = [(torch.arange(len(m.graph.types)) if m.roots is None else m.roots) + start for m, start in zip(chosen, starts)]
-        inputs["roots"] = torch.cat(roots)
+        inputs: dict[str, Any] = {**union([m.graph for m in chosen]), "count": len(chosen), "roots": torch.cat(roots)}
         return inputs, torch.tensor([m.label for m in chosen])
 
     def draw(self, count: int) -> Tensor:

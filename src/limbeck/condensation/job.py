@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from limbeck import method as registry
 from limbeck import models, schema
 from limbeck.condensation import report
@@ -35,13 +33,7 @@ def make_method(spec: schema.Method, given: Any = None) -> Condenser:
     Raises:
         UserError: it belongs to another wing.
     """
-    made = given if given is not None else registry.make(spec.id, spec.settings)
-    if not isinstance(made, Condenser):
-        raise UserError(
-            f"{spec.id} belongs to the wing {made.card.wing}, not to condensation",
-            "`limbeck methods --wing condensation` lists this wing's",
-        )
-    return made
+    return registry.of_wing(spec.id, spec.settings, given, Condenser, "condensation")
 
 
 def check_recipe(recipe: schema.Recipe) -> schema.Condense:
@@ -96,14 +88,12 @@ def _check(method: Condenser, problem: Problem | GraphProblem, recipe: schema.Re
         raise UserError(
             f"{method.card.id} needs trained networks, and the recipe names none", "set `teacher`, with a `train` block for each network"
         )
-    if method.needs_norm == "no-batch":
-        bad = [name for name, module in problem.template.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        if bad:
-            raise UserError(
-                f"{method.card.id} cannot use {recipe.student.model}: its layer {bad[0]} normalises over the batch, so that a handful of "
-                "synthetic images of one class would see other statistics than real ones",
-                "use a network with instance norm, for example student: {model: convnet, args: {norm: instance}}",
-            )
+    if method.needs_norm == "no-batch" and (bad := problem.batch_norms):
+        raise UserError(
+            f"{method.card.id} cannot use {recipe.student.model}: its layer {bad[0]} normalises over the batch, so that a handful of "
+            "synthetic images of one class would see other statistics than real ones",
+            "use a network with instance norm, for example student: {model: convnet, args: {norm: instance}}",
+        )
 
 
 def condense(method: Condenser, problem: Problem | GraphProblem, steps: int | None, clip: float | None = None) -> SyntheticSet:
@@ -140,10 +130,15 @@ class Entry:
     samples: int
     bytes: dict[str, int]
 
+    @property
+    def size(self) -> int:
+        """All stored bytes."""
+        return sum(self.bytes.values())
+
     def figures(self, inner: str) -> dict[str, float]:
         """Plain figures for the summary: those of the inner network, then the accuracy of each other architecture."""
         own = self.scores[inner]
-        found = {"accuracy": own.mean, "accuracy_std": own.std, "lr": own.lr, "samples": self.samples, "bytes": sum(self.bytes.values())}
+        found = {"accuracy": own.mean, "accuracy_std": own.std, "lr": own.lr, "samples": self.samples, "bytes": self.size}
         found |= {name: value for name, value in own.metrics.items() if name != "accuracy"}
         if "auc" in own.metrics:  # of graphs, whose every architecture counts
             found["auc"] = sum(score.metrics["auc"] for score in self.scores.values()) / len(self.scores)
@@ -253,7 +248,7 @@ def _outcome(
         "wing": "condensation",
         "metrics": metrics,
         "primary": "accuracy",
-        "cost": {entry.key: {"bytes": sum(entry.bytes.values()), "samples": entry.samples} for entry in entries},
+        "cost": {entry.key: {"bytes": entry.size, "samples": entry.samples} for entry in entries},
         "storage": {entry.key: entry.bytes for entry in entries},
         "scores": {e.name: {a: {"accuracies": s.accuracies, "lr": s.lr} for a, s in e.scores.items()} for e in entries},
         "budgets": curve,

@@ -67,7 +67,8 @@ def judge(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
         torch.set_num_threads(recipe.threads)
     session = Session(device=choose_device(recipe.device))
     data = models.open_recipe_data(recipe.data)
-    problem = open_problem(recipe, data, session, {})
+    unneeded = {"teacher": schema.Teacher()}  # students of a finished set look at no teacher
+    problem = open_problem(recipe.model_copy(update=unneeded), data, session, {})
     shape = (made.node_types,) if isinstance(made, GraphSet) else tuple(made.images.shape[1:])
     if isinstance(made, GraphSet) != problem.graphs or shape != problem.input_shape:
         raise UserError(f"the set has samples of shape {shape}, the data {problem.input_shape}", "name the data that it was made from")

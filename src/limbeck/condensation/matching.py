@@ -57,19 +57,21 @@ On a CPU a small pass costs little more than its overhead, and a large one falls
 """
 
 
-def class_signals(reader: Reader, x: Tensor, counts: Sequence[int], pick: Callable[[Signals], list[Tensor]]) -> list[Tensor]:
+def class_signals(
+    problem: Problem, reader: Reader, x: Tensor, counts: Sequence[int], pick: Callable[[Signals], list[Tensor]]
+) -> list[Tensor]:
     """`(K, ...)` class means of what `pick` takes from the signals of samples that stand class after class.
 
     Args:
-        reader: of an inner network; one with BatchNorm sees all classes in one pass, because its statistics are those of a pass.
+        problem: whose inner network it is; one with BatchNorm sees all classes in one pass, because its statistics are those of a pass.
+        reader: of such a network.
         x: `(sum(counts), ...)`.
         counts: samples of each class.
         pick: signals to tensors with one row a sample.
     """
-    mixes = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in reader.model.modules())
     groups: list[list[int]] = [[]]
     for count in counts:
-        if groups[-1] and not mixes and (sum(groups[-1]) + count) * x[0].numel() > TOGETHER:
+        if groups[-1] and not problem.batch_norms and (sum(groups[-1]) + count) * x[0].numel() > TOGETHER:
             groups.append([])
         groups[-1].append(count)
     found: list[list[Tensor]] = []

@@ -231,6 +231,11 @@ class Problem:
         """Where the inner network's embedding and stages are."""
         return anatomy(self.template, torch.zeros(2, *self.input_shape, device=self.device))
 
+    @cached_property
+    def batch_norms(self) -> list[str]:
+        """Paths of the inner network's layers that normalise over the batch."""
+        return [name for name, module in self.template.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
     def reader(self, network: nn.Module, *wants: str) -> Reader:
         """Reads signals of an inner network ("embedding", "stages", module paths) with gradient."""
         return Reader(network, wants, anatomy=self.anatomy, stop_early="logits" not in wants)

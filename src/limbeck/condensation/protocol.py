@@ -17,7 +17,7 @@ from limbeck import schema, storage, zoo
 from limbeck.condensation.condenser import Condenser
 from limbeck.condensation.problem import Problem
 from limbeck.condensation.scoring import BaseProtocol, Score, augmentation_robust, label_robust
-from limbeck.condensation.students import Lessons, lessons, said, train_students
+from limbeck.condensation.students import Lessons, lessons, real_lessons, said, train_students
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.errors import UserError
 from limbeck.tasks import Classification
@@ -79,15 +79,8 @@ class Protocol(BaseProtocol):
     def whole(self, architecture: str | None = None) -> Score:
         """The same for the whole real training set, with `condense.whole_training` in place of the students' length."""
         architecture = architecture or self.inner
-        base = self.condense.students.model_dump() | {"steps": None} | self.condense.whole_training
-        training = schema.Training.model_validate(base)
-        problem = self.problem
-
-        def made() -> Lessons:
-            labels = problem.data.train.labels.cpu()[problem.labelled].to(problem.device)
-            take = lambda index: problem.at(problem.labelled[index.cpu()])  # noqa: E731
-            return Lessons(take, labels, training.batch, self.condense.augment, seed=problem.seed)
-
+        training, problem = self.whole_training, self.problem
+        made = lambda: real_lessons(problem, training.batch, self.condense.augment, problem.seed)  # noqa: E731
         return self._scored(["whole", architecture, problem.data.fingerprint], architecture, made, training, self.rates, {})
 
     def _scored(
@@ -111,9 +104,7 @@ class Protocol(BaseProtocol):
         chosen = 0
         if len(rates) > 1:
             x, y = self._part("valid")
-            found = [_accuracy(network, x, y) for network in networks]
-            means = [sum(found[i * count : (i + 1) * count]) for i in range(len(rates))]
-            chosen = max(range(len(rates)), key=means.__getitem__)
+            chosen = _best([_accuracy(network, x, y) for network in networks], count)
         own = networks[chosen * count : (chosen + 1) * count]
         x, y = self._part("measured")
         logits = [said(network, x) for network in own]
@@ -135,8 +126,7 @@ class Protocol(BaseProtocol):
         measured = self._part("measured")
         valid = self._part("valid") if len(self.rates) > 1 else measured
         found = [probe(network, problem, train, (valid, measured), classes) for network in networks]
-        means = [sum(a for a, _ in found[i * count : (i + 1) * count]) for i in range(len(self.rates))]
-        chosen = max(range(len(self.rates)), key=means.__getitem__)
+        chosen = _best([a for a, _ in found], count)
         return Score([b for _, b in found[chosen * count : (chosen + 1) * count]], self.rates[chosen])
 
     # ---- DD-Ranking ----
@@ -172,6 +162,12 @@ class Protocol(BaseProtocol):
             plain = [self.score(s, augment=[]).mean for s in (own, same)]
             found["augmentation_robust_score"] = augmentation_robust(*changed, *plain)
         return found
+
+
+def _best(accuracies: Sequence[float], count: int) -> int:
+    """Which learning rate was best: accuracies stand rate after rate, `count` students each."""
+    sums = [sum(accuracies[i : i + count]) for i in range(0, len(accuracies), count)]
+    return max(range(len(sums)), key=sums.__getitem__)
 
 
 def _accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from limbeck.condensation.graphset import GraphSet
 from limbeck.condensation.sheet import MOST, sheet_png
 from limbeck.report import charts, figures
 from limbeck.report.page import Section
@@ -55,7 +56,7 @@ def table(entries: Sequence[Entry], protocol: BaseProtocol) -> dict[str, Any]:
     head = ["trained on", "samples", "stored", *(f"{name} %" for name in names)]
     rows = []
     for entry in _ordered(entries):
-        cells = [str(entry.samples), human(sum(entry.bytes.values()), "B"), *(_cell(entry.scores[name]) for name in names)]
+        cells = [str(entry.samples), human(entry.size, "B"), *(_cell(entry.scores[name]) for name in names)]
         name = "synthetic set" if entry.key == "student" else entry.name
         rows.append({"key": entry.key, "name": name, "cells": cells})
     return {"head": head, "rows": rows, "text": MEANING}
@@ -65,7 +66,7 @@ def headline(entries: Sequence[Entry], protocol: BaseProtocol) -> str:
     """What came out, in a sentence or two."""
     by_key = {entry.key: entry for entry in entries}
     own, inner = by_key["student"], protocol.inner
-    size = sum(own.bytes.values())
+    size = own.size
     text = f"{own.samples} samples in {human(size, 'B')} made by {own.name} train a fresh {inner} to {percent(own.scores[inner].mean)}"
     others = [entry for entry in entries if entry.key not in ("student", "teacher")]
     if others:
@@ -83,7 +84,7 @@ def headline(entries: Sequence[Entry], protocol: BaseProtocol) -> str:
         text += "."
     if "teacher" in by_key:
         whole = by_key["teacher"]
-        times = sum(whole.bytes.values()) / size
+        times = whole.size / size
         text += f" The whole set is {times:.3g} times as large and gives {percent(whole.scores[inner].mean)}."
     return text
 
@@ -109,18 +110,13 @@ def budget_curve(problem: Problem, protocol: BaseProtocol) -> dict[str, list[lis
     return found
 
 
-def _holds_graphs(made: Any) -> bool:
-    """Whether a set holds graphs."""
-    return hasattr(made, "members")
-
-
 def _png(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-def _pictures(made: SyntheticSet) -> Section:
+def _pictures(made: SyntheticSet | GraphSet) -> Section:
     part = Section("sheet", "The synthetic samples")
-    if _holds_graphs(made):
+    if isinstance(made, GraphSet):
         sizes = sorted(len(m.graph.types) for m in made.members)
         part.text = f"{len(made)} graphs of {sizes[0]} to {sizes[-1]} nodes, {sum(sizes)} in all."
         return part
@@ -138,7 +134,7 @@ def _storage(entries: Sequence[Entry]) -> Section:
         parts = entry.bytes
         cells = [f"{parts.get(name, 0):,}".replace(",", " ") for name in ("images", "labels", "soft labels", "other")]
         name = "synthetic set" if entry.key == "student" else entry.name
-        rows.append({"key": "", "name": name, "cells": [*cells, f"{sum(parts.values()):,}".replace(",", " ")]})
+        rows.append({"key": "", "name": name, "cells": [*cells, f"{entry.size:,}".replace(",", " ")]})
     head = ["bytes", "samples", "hard labels", "soft labels", "other", "sum"]
     text = "Everything that a student needs is counted: soft labels are not free. Real pictures count one byte a value."
     return Section("storage", "Storage", text=text, head=head, rows=rows)
@@ -156,7 +152,7 @@ def _budget(entries: Sequence[Entry], summary: Mapping[str, Any], protocol: Base
             continue
         name = entry.name
         series.setdefault(name, [])
-        point = (sum(entry.bytes.values()), score.mean, score.std)
+        point = (entry.size, score.mean, score.std)
         if all(abs(point[0] - other[0]) > 0 for other in series[name]):
             series[name].append(point)
     own = next(entry.name for entry in entries if entry.key == "student")

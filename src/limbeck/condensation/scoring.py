@@ -50,8 +50,7 @@ def label_robust(own: float, random: float, own_hard: float, real_hard: float, w
         own, random: accuracy of the set and of random real samples with the same labels and recipe, as fractions.
         own_hard, real_hard: accuracy of the set under hard labels, and of the whole real set.
     """
-    alpha = weight * (own - random) - (1 - weight) * (real_hard - own_hard)
-    return (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
+    return _unit(weight * (own - random) - (1 - weight) * (real_hard - own_hard))
 
 
 def augmentation_robust(own: float, random: float, own_plain: float, random_plain: float, weight: float = 0.5) -> float:
@@ -62,8 +61,12 @@ def augmentation_robust(own: float, random: float, own_plain: float, random_plai
     Args:
         own, random: accuracies with augmentation; own_plain, random_plain: without.
     """
-    beta = weight * (own - random) + (1 - weight) * (own_plain - random_plain)
-    return (math.exp(beta) - math.exp(-1)) / (math.e - math.exp(-1))
+    return _unit(weight * (own - random) + (1 - weight) * (own_plain - random_plain))
+
+
+def _unit(value: float) -> float:
+    """(e^value - e^-1) / (e - e^-1): from [-1, 1] to [0, 1]."""
+    return (math.exp(value) - math.exp(-1)) / (math.e - math.exp(-1))
 
 
 class BaseProtocol:
@@ -104,6 +107,11 @@ class BaseProtocol:
         folder = problem.session.folder
         self._file = None if folder is None else folder / "scores.json"
         self._known: dict[str, Any] = _read(self._file)
+
+    @property
+    def whole_training(self) -> schema.Training:
+        """How students of the whole real set are trained: as all others, but for `condense.whole_training`."""
+        return schema.Training.model_validate(self.condense.students.model_dump() | {"steps": None} | self.condense.whole_training)
 
     def make(self, spec: schema.Model, outputs: int | None) -> nn.Module:
         """A fresh network from torch's global generator; `outputs` is the width of its head (None: the classes)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from limbeck.engine.clock import Clock
 from limbeck.engine.loop import Loop, Plan
 from limbeck.engine.program import PlainProgram
 from limbeck.losses import cross_entropy
+
+if TYPE_CHECKING:
+    from limbeck.condensation.problem import Problem
 
 STACKED_BATCH = 64
 """Up to this batch a forward pass of all students together (vmap) is faster on a CPU than one after the other; measured, see docs."""
@@ -98,6 +101,14 @@ class Replayed(Lessons):
         for step in range(start, self.steps_per_epoch):
             own = slice(step * self.batch, (step + 1) * self.batch)
             yield Lesson(x[own], y[own])
+
+
+def real_lessons(problem: Problem, batch: int, augment: Sequence[str] = (), seed: int = 0) -> Lessons:
+    """The batches of all labelled real training samples, standardised and read when they are needed."""
+    labels = problem.data.train.labels
+    assert labels is not None
+    y = labels.cpu()[problem.labelled].to(problem.device)
+    return Lessons(lambda index: problem.at(problem.labelled[index.cpu()]), y, batch, augment, seed=seed)
 
 
 def lessons(set: SyntheticSet, batch: int, augment: Sequence[str] = (), seed: int = 0) -> Lessons:
@@ -182,6 +193,11 @@ class StudentsProgram(PlainProgram):
         return {"hard" if self.how["loss"] == "ce" else "soft": torch.where(each.isfinite(), each, torch.zeros_like(each)).sum()}
 
 
+def run_quietly(program: Any) -> None:
+    """Run a program of students through the engine's loop, without log, checkpoints and measurement of terms."""
+    Loop(program, Plan(training=program.training, total=program.total, watch=0, log_every=program.total), "students").run()
+
+
 def train_students(
     networks: Sequence[nn.Module], lessons: Lessons, training: Any, rates: Sequence[float], how: dict[str, Any] | None = None
 ) -> list[nn.Module]:
@@ -191,8 +207,7 @@ def train_students(
         Interrupted: after Ctrl-C.
     """
     program = StudentsProgram(networks, lessons, training, rates, how)
-    plan = Plan(training=training, total=program.total, watch=0, log_every=program.total)
-    Loop(program, plan, "students").run()
+    run_quietly(program)
     return [network.eval() for network in program.networks]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from limbeck import __version__, models, schema, storage
 from limbeck.condensation.problem import Problem
-from limbeck.condensation.students import Lessons, StudentsProgram
+from limbeck.condensation.students import StudentsProgram, real_lessons
 from limbeck.data import Data
 from limbeck.engine.session import Session
 from limbeck.errors import UserError
@@ -56,11 +56,7 @@ def _one(name: str, spec: schema.Model, recipe: schema.Recipe, data: Data, sessi
 
     def train(work: Path, key: str) -> nn.Module:
         problem = Problem(data, schema.Condense(), network, session)
-        labels = data.train.labels
-        assert labels is not None
-        own = labels.cpu()[problem.labelled].to(session.device)
-        take = lambda index: problem.at(problem.labelled[index.cpu()])  # noqa: E731
-        batches = Lessons(take, own, school.batch, recipe.data.augment, seed=school.seed)
+        batches = real_lessons(problem, school.batch, recipe.data.augment, school.seed)
         program = StudentsProgram([network.to(session.device)], batches, school, [school.lr])
         session.fit(program, f"teacher-{name}", seed=school.seed, folder=work, digest=key, evaluate=False)
         return network.eval()

@@ -32,13 +32,7 @@ from limbeck.signals.store import Store, model_fingerprint
 
 def make_method(spec: schema.Method, given: Any = None) -> Distiller:
     """The method of a recipe, checked to belong to this wing."""
-    made = given if given is not None else registry.make(spec.id, spec.settings)
-    if not isinstance(made, Distiller):
-        raise UserError(
-            f"{spec.id} belongs to the wing {made.card.wing}, and this is for the knowledge wing",
-            "`limbeck run` takes recipes of every wing; `limbeck methods --wing knowledge` lists this one's methods",
-        )
-    return made
+    return registry.of_wing(spec.id, spec.settings, given, Distiller, "knowledge")
 
 
 def school_data(spec: schema.Model, recipe: schema.Recipe, data: Data, given: Any = None) -> Data:

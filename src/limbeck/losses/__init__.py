@@ -37,7 +37,7 @@ from limbeck.losses.features import (
 )
 from limbeck.losses.inversion import image_variation, statistics_distance
 from limbeck.losses.kernel import barlow_twins, kernel_ridge_prediction
-from limbeck.losses.matching import characteristic_discrepancy, class_attention, gradient_distance, mean_distance
+from limbeck.losses.matching import characteristic_discrepancy, gradient_distance, mean_distance
 from limbeck.losses.ranking import list_mle, plackett_luce
 from limbeck.losses.relational import cka, correlation, pearson, rkd_angle, rkd_distance, similarity_preserving
 from limbeck.losses.transport import batch_transport, sinkhorn, sinkhorn_distance
@@ -52,7 +52,6 @@ __all__ = [
     "binary_cross_entropy",
     "characteristic_discrepancy",
     "cka",
-    "class_attention",
     "correlation",
     "cosine_distance",
     "cross_entropy",

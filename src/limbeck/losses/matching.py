@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.errors import UserError, unknown
@@ -59,19 +58,6 @@ def mean_distance(synthetic: Tensor, real: Tensor) -> Tensor:
     2.0
     """
     return ((wide(synthetic).mean(-2) - wide(real).mean(-2)) ** 2).sum()
-
-
-def class_attention(features: Tensor, power: float = 1.0) -> Tensor:
-    """`(B, H * W)`: where a layer looks: the sum over channels of |feature|^power, as a vector of length 1 for each sample.
-
-    Args:
-        features: `(B, C, H, W)`.
-        power: 1 in the released code of DataDAM, 4 in its paper.
-
-    >>> class_attention(torch.ones(1, 2, 1, 4))
-    tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
-    """
-    return F.normalize(wide(features).abs().pow(power).sum(1).flatten(1), dim=1, eps=1e-12)
 
 
 def characteristic(features: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:

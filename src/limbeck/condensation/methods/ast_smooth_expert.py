@@ -96,9 +96,7 @@ class AST(TrajectoryMatching):
         return balance(begin, self.max_start) if self.balanced else 1.0
 
     def losses(self, turn: str, set: SyntheticSet, problem: Problem, clock: Clock) -> dict[str, Tensor]:
-        low, high = self.starts(clock)
-        expert, begin = int(torch.randint(len(self._buffer), ())), int(torch.randint(low, high, ()))
-        path = self._buffer.trajectory(expert)
+        path, begin = self.stretch(clock)
         start = self.perturbed(path[begin])
         assert set.lr is not None
         loss = self.step_loss(set, problem, begin)

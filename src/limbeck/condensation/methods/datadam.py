@@ -13,7 +13,7 @@ from limbeck.condensation.problem import Problem
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.engine.clock import Clock
 from limbeck.errors import UserError
-from limbeck.losses.matching import class_attention
+from limbeck.losses import attention_map
 from limbeck.method import Card, setting
 from limbeck.signals import Signals
 
@@ -61,11 +61,11 @@ class DataDAM(DistributionMatching):
         paths = [tap.removeprefix("at:") for tap in self._taps]
 
         def pick(signals: Signals) -> list[Tensor]:
-            return [*(class_attention(signals.at[path], self.power) for path in paths), signals.embedding]
+            return [*(attention_map(signals.at[path], self.power) for path in paths), signals.embedding]
 
         with torch.no_grad():
-            *maps, real = class_signals(reader, both.real, both.real_counts, pick)
-        *own, synthetic = class_signals(reader, both.synthetic, both.counts, pick)
+            *maps, real = class_signals(problem, reader, both.real, both.real_counts, pick)
+        *own, synthetic = class_signals(problem, reader, both.synthetic, both.counts, pick)
         attention = torch.stack([((found - wanted) ** 2).sum() for found, wanted in zip(own, maps)]).sum()
         last = ((synthetic - real) ** 2).sum()
         return {"attention": self.layer_weight * attention, "means": self.layer_weight * self.balance * last}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,10 +102,9 @@ class DATM(FTD):
         return other
 
     def optimizers(self, set: SyntheticSet) -> dict[str, torch.optim.Optimizer]:
-        groups: list[dict[str, Any]] = [{"params": [set.images], "lr": self.lr_images}, {"params": [set.lr], "lr": self.lr_rate}]
+        self._optimizer = super().optimizers(set)["set"]
         if set.logits is not None:
-            groups.append({"params": [set.logits], "lr": self.lr_labels, "momentum": self.momentum_labels})
-        self._optimizer = torch.optim.SGD(groups, momentum=self.momentum)
+            self._optimizer.add_param_group({"params": [set.logits], "lr": self.lr_labels, "momentum": self.momentum_labels})
         return {"set": self._optimizer}
 
     def losses(self, turn: str, set: SyntheticSet, problem: Problem, clock: Clock) -> dict[str, Tensor]:

@@ -53,6 +53,6 @@ class DistributionMatching(Condenser):
         reader = self._encoder(problem, "embedding")
         pick = lambda signals: [signals.embedding]  # noqa: E731
         with torch.no_grad():
-            (real,) = class_signals(reader, both.real, both.real_counts, pick)
-        (synthetic,) = class_signals(reader, both.synthetic, both.counts, pick)
+            (real,) = class_signals(problem, reader, both.real, both.real_counts, pick)
+        (synthetic,) = class_signals(problem, reader, both.synthetic, both.counts, pick)
         return {"means": ((synthetic - real) ** 2).sum()}

@@ -14,7 +14,7 @@ from limbeck import schema
 from limbeck.condensation.condenser import Condenser
 from limbeck.condensation.functional import Functional, frozen
 from limbeck.condensation.problem import Problem
-from limbeck.condensation.students import Lessons, StudentsProgram
+from limbeck.condensation.students import StudentsProgram, real_lessons
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.data.batches import own_randomness
 from limbeck.engine.clock import Clock
@@ -97,13 +97,11 @@ class NCFM(Condenser):
         with own_randomness(problem.seed, 31):
             networks = [problem.network() for _ in range(self.models)]
         first = [self._functional.flatten(network) for network in networks]
-        take = lambda index: problem.at(problem.labelled[index.cpu()])  # noqa: E731
-        labels = problem.data.train.labels.cpu()[problem.labelled].to(problem.device)
         training = schema.Training(
             epochs=self.model_epochs, batch=256, optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=False,
             schedule="step", milestones=(2 / 3, 5 / 6), gamma=0.2, warmup=0,
         )  # fmt: skip
-        program = StudentsProgram(networks, Lessons(take, labels, 256, seed=problem.seed), training, [training.lr] * self.models)
+        program = StudentsProgram(networks, real_lessons(problem, 256, seed=problem.seed), training, [training.lr] * self.models)
         problem.session.fit(program, "models", seed=problem.seed, digest=str(self.values()), evaluate=False)
         return [(a, self._functional.flatten(network)) for a, network in zip(first, networks)]
 

@@ -114,10 +114,14 @@ class TrajectoryMatching(Condenser):
         """First epoch from which a student may start, and the first from which it may not any more."""
         return self.min_start, self.max_start
 
-    def losses(self, turn: str, set: SyntheticSet, problem: Problem, clock: Clock) -> dict[str, Tensor]:
+    def stretch(self, clock: Clock) -> tuple[Tensor, int]:
+        """A random expert's trajectory `(E + 1, P)`, and the epoch of it at which a student starts."""
         low, high = self.starts(clock)
         expert, begin = int(torch.randint(len(self._buffer), ())), int(torch.randint(low, high, ()))
-        path = self._buffer.trajectory(expert)
+        return self._buffer.trajectory(expert), begin
+
+    def losses(self, turn: str, set: SyntheticSet, problem: Problem, clock: Clock) -> dict[str, Tensor]:
+        path, begin = self.stretch(clock)
         start, target = path[begin], path[begin + self.expert_epochs]
         loss = self.step_loss(set, problem, begin)
         assert set.lr is not None
