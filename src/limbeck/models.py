@@ -11,6 +11,7 @@ from torch import nn
 
 from limbeck import places, schema, storage, zoo
 from limbeck.data import Data, open_data
+from limbeck.engine import checkpoint
 from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError
 from limbeck.signals import anatomy
@@ -104,7 +105,9 @@ def kept(content: dict[str, Any], network: nn.Module, session: Session, what: st
                 session.notes.append(f"the kept {what} in {folder} cannot be used and is trained again: {error.message}")
                 shutil.rmtree(folder)
         work = folder.parent / f"{key}.training"
+        random = checkpoint.random_state()
         trained = train(work, key)
+        checkpoint.restore_random_state(random)  # what follows draws the same numbers whether the network was trained now or found
         draft = folder.parent / f".{key}.tmp"
         shutil.rmtree(draft, ignore_errors=True)
         zoo.save_model(trained, draft, extra={"made_from": content})

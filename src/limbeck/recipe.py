@@ -18,11 +18,12 @@ import yaml
 from pydantic import ValidationError
 
 from limbeck.errors import UserError, unknown
-from limbeck.schema import Checkpoints, Condense, Data, Evaluation, Method, Model, Recipe, Schooling, Stage, Strict, Teacher, Training
+from limbeck.schema import Checkpoints, Condense, Data, Evaluation, Generate, Method, Model, Recipe, Schooling, Stage, Strict, Teacher, Training
 
 __all__ = [
     "Checkpoints",
     "Condense",
+    "Generate",
     "Data",
     "Evaluation",
     "Method",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from limbeck.engine.callbacks import Callback
     from limbeck.outcome import Outcome
 
-JOBS = {"knowledge": "limbeck.knowledge.job", "condensation": "limbeck.condensation.job"}
+JOBS = {"knowledge": "limbeck.knowledge.job", "condensation": "limbeck.condensation.job", "sampling": "limbeck.sampling.job"}
 """Where each wing's job is: a module with `run(recipe, session, given) -> Outcome`."""
 
 NOT_BINDING = ("checkpoints", "trackers", "watch", "stop_on_alarm", "about", "name")
@@ -63,6 +63,15 @@ class Result:
             UserError: this run made something else.
         """
         return self._artifact("dataset")
+
+    @property
+    def generator(self) -> Any:
+        """The generator of the sampling wing.
+
+        Raises:
+            UserError: this run made something else.
+        """
+        return self._artifact("generator")
 
     def _artifact(self, name: str) -> Any:
         if name not in self.artifacts:

@@ -233,6 +233,39 @@ class Condense(Strict):
         return value
 
 
+class Generate(Strict):
+    """What the sampling wing distils and how its generators are judged. Used by its methods only.
+
+    `process`: the noise process, "auto" for the one that the teacher was saved with, else a name (flow, trig, cosine, edm, ddpm,
+    ddpm-scaled, ddpm-cosine) or `{name: flow, shift: 3}`. `prediction`: what the network gives (velocity, noise, x0, v, edm). `code`: how
+    it is told the noise level (position, log, time). `guidance`: scale with which the teacher is guided when it is learned from and
+    measured (1: not at all), within `interval` of sigma/alpha. `label_dropout`: share of labels hidden while a teacher is trained, so
+    that it can be guided.
+    `jitter`: noise added to training pictures in [-1, 1] (digits have 17 grey values only). `steps`: numbers of steps at which the
+    student is measured; the first one is what the summary's figures are of. `teacher_steps`: at which the teacher is measured, the last
+    one being what it can do at best, with `teacher_sampler` on `grid`. `sampler`: replaces the method's own sampler for the student.
+    `samples`: pictures of each measurement. `features`: the classifier in whose features distances are measured; trained once on the
+    training part.
+    """
+
+    process: str | dict[str, Any] = "auto"
+    prediction: str = "velocity"
+    code: Literal["position", "log", "time"] = "position"
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    interval: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] | None = None
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    jitter: Annotated[float, Field(ge=0)] = 0.0
+    steps: list[Positive] = Field(default_factory=lambda: [1], min_length=1)
+    teacher_steps: list[Positive] = Field(default_factory=lambda: [1, 4, 32], min_length=1)
+    teacher_sampler: str = "heun"
+    grid: Literal["uniform", "log-snr", "karras"] = "uniform"
+    sampler: str | None = None
+    samples: Annotated[int, Field(ge=64)] = 2000
+    features: Model = Field(
+        default_factory=lambda: Model(model="cnn", args={"width": 16}, train=Schooling(epochs=15, batch=64, lr=2e-3))
+    )
+
+
 class Checkpoints(Strict):
     """When the state of a run is saved: after so many seconds and, if given, so many steps; the newest `keep` stay."""
 
@@ -252,6 +285,7 @@ class Recipe(Strict):
     data: Data = Field(default_factory=Data)
     training: Training = Field(default_factory=Training)
     condense: Condense | None = None
+    generate: Generate | None = None
     stages: list[Stage] = Field(default_factory=list)
     task: Literal["auto", "multiclass", "multilabel", "binary"] = "auto"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -276,8 +310,9 @@ class Recipe(Strict):
     def data_as_written(self) -> dict[str, Any]:
         """The whole recipe as plain data, defaults included (a wing's own block only where it is used)."""
         raw = self.model_dump(mode="json")
-        if self.condense is None:
-            del raw["condense"]
+        for block in ("condense", "generate"):
+            if raw[block] is None:
+                del raw[block]
         return raw
 
     def to_yaml(self) -> str:

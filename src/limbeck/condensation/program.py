@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +13,7 @@ from limbeck.condensation.condenser import Condenser
 from limbeck.condensation.problem import Problem
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.engine.clock import Clock
-from limbeck.engine.program import PlainProgram
-
-
-@dataclass
-class Tick:
-    """An outer step has no batch of its own: the method draws what it needs."""
-
-    index: None = None
+from limbeck.engine.program import PlainProgram, Tick
 
 
 class CondensationProgram(PlainProgram):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from limbeck.condensation.graphset import GraphSet
 from limbeck.condensation.sheet import MOST, sheet_png
 from limbeck.report import charts, figures
 from limbeck.report.page import Section
+from limbeck.report.sheets import data_url
 from limbeck.report.tables import human, percent
 
 if TYPE_CHECKING:
@@ -110,10 +110,6 @@ def budget_curve(problem: Problem, protocol: BaseProtocol) -> dict[str, list[lis
     return found
 
 
-def _png(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
 def _pictures(made: SyntheticSet | GraphSet) -> Section:
     part = Section("sheet", "The synthetic samples")
     if isinstance(made, GraphSet):
@@ -124,7 +120,7 @@ def _pictures(made: SyntheticSet | GraphSet) -> Section:
         part.absent.append("No pictures: the samples are no images.")
         return part
     shown = f"up to {MOST} of each class" if len(made) > MOST * len(made.classes) else "all of them"
-    part.picture(_png(sheet_png(made, 64)), f"as they are stored; {shown}, a row (or column) for each class", "No pictures.", full=True)
+    part.picture(data_url(sheet_png(made, 64)), f"as they are stored; {shown}, a row (or column) for each class", "No pictures.", full=True)
     return part
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -66,6 +67,13 @@ class Program(Protocol):
     def vitals(self) -> list[str]:
         """Alarms about the last batch, each one line (constant output, collapsed entropy); mostly empty."""
         ...
+
+
+@dataclass
+class Tick:
+    """A step without a batch of its own: the program draws what it needs from torch's global generator, which checkpoints restore."""
+
+    index: None = None
 
 
 class PlainProgram:

@@ -81,7 +81,13 @@ def verdict(difference: float | None, interval: Sequence[float] | None, higher_i
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether a larger figure is the better one; losses, errors, distances and prices are better small."""
+    """Whether a larger figure is the better one; losses, errors, distances and prices are better small.
+
+    What follows an "@" (the steps or the rank the figure was taken at) is not part of the name.
+    """
+    metric = metric.lower().split("@")[0]
+    if metric in {"feature_distance", "kernel_distance", "sliced_distance", "copies"}:  # of generated samples
+        return False
     small = {"loss", "ece", "nll", "brier", "error", "perplexity", "kl", "js", "latency", "seconds", "flops", "params", "bytes", "memory"}
     small |= {"mae", "mse", "rmse", "wer", "cer", "fid"}
-    return not any(part in small for part in metric.lower().replace(".", "_").replace("-", "_").split("_"))
+    return not any(part in small for part in metric.replace(".", "_").replace("-", "_").split("_"))

@@ -18,6 +18,7 @@ def lines(
     y_title: str,
     bold: str = "",
     level: tuple[str, float] | None = None,
+    log_y: bool = False,
 ) -> str:
     """One line for each series over a logarithmic amount, with a bar of its spread.
 
@@ -26,6 +27,7 @@ def lines(
         x_title, y_title: of the axes.
         bold: the series that the picture is about.
         level: a horizontal line, its name and height.
+        log_y: a logarithmic upward axis.
     """
     shown = {name: points for name, points in series.items() if points}
     if not shown:
@@ -53,6 +55,8 @@ def lines(
         if level is not None:
             axes.axhline(level[1], color="#3c4043", linewidth=1, linestyle=":", label=_plain(level[0], 40))
         axes.set_xscale("log")
+        if log_y:
+            axes.set_yscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: human(x)))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel=_plain(x_title, 60), ylabel=_plain(y_title, 60))

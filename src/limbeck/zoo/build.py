@@ -16,13 +16,17 @@ from limbeck.data.arguments import check_arguments
 from limbeck.errors import UserError, nearest, unknown
 from limbeck.zoo.cnn import CNN
 from limbeck.zoo.convnet import ConvNet
+from limbeck.zoo.denoising import DenoisingMLP
+from limbeck.zoo.dit import DiT
 from limbeck.zoo.dual_head import DualHeaded
 from limbeck.zoo.efficientnet import EfficientNetLite0
 from limbeck.zoo.graph import GCN, GIN, SAGE
+from limbeck.zoo.guided import Guided
 from limbeck.zoo.linear import Linear
 from limbeck.zoo.mixer import Mixer
 from limbeck.zoo.mlp import MLP
 from limbeck.zoo.resnet import ResNet
+from limbeck.zoo.unet import UNet
 from limbeck.zoo.vit import ViT
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -38,8 +42,12 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "gin": GIN,
     "gcn": GCN,
     "sage": SAGE,
+    "denoising-mlp": DenoisingMLP,
+    "unet": UNet,
+    "dit": DiT,
+    "guided": Guided,
 }
-"""Embedded networks by name."""
+"""Embedded networks by name; those with `denoises = True` read `(x, level, label)` and are no classifiers, see `zoo.denoising`."""
 
 _KINDS = ("zoo", "hf", "timm", "python", "folder")
 
@@ -137,7 +145,8 @@ def build(ref: str, *, input_shape: tuple[int, ...] | None = None, classes: int 
             `hf:<folder or hub id>`; `timm:<name>`; `python:package.module:factory` (looked for in the working folder too); `folder:<path>`
             or the path itself for what `save_model` wrote.
         input_shape: of one sample; embedded networks need it, a factory gets it if it has such an argument.
-        classes: number of logits, likewise. For `hf:` it must match the model's own, unless `new_head: true`.
+        classes: number of logits, likewise; for a denoiser the number of labels, 0 for none. For `hf:` it must match the model's own,
+            unless `new_head: true`.
         args: what the network itself takes. `hf:` takes `config_only: true` (random weights) and `new_head: true`; the rest
             overrides its configuration.
 

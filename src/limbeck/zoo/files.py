@@ -160,7 +160,7 @@ def _rebuild(note: dict[str, Any], folder: Path, trust_python: bool) -> nn.Modul
 def _without_code(ref: str, args: dict[str, Any], folder: Path, trust_python: bool) -> dict[str, Any]:
     """The arguments to make a network with: nothing is downloaded, and a factory that a file names is called only when it is trusted.
 
-    A network inside another one (the `network` of a dual head) is held to the same rules.
+    A network inside another one (the `network` of a dual head or of a guided one) is held to the same rules.
     """
     from limbeck.zoo.build import NETWORKS
 
@@ -178,6 +178,6 @@ def _without_code(ref: str, args: dict[str, Any], folder: Path, trust_python: bo
         args["pretrained"] = False  # The stored weights replace them anyway.
     if kind == "hf":
         args["config_only"] = True
-    if (kind, name) == ("zoo", "dual-head") and isinstance(args.get("network"), str):
+    if (kind, name) in (("zoo", "dual-head"), ("zoo", "guided")) and isinstance(args.get("network"), str):
         args["args"] = _without_code(args["network"], dict(args.get("args") or {}), folder, trust_python)
     return args

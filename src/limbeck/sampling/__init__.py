@@ -1,0 +1,1 @@
+"""From a diffusion or flow model to a generator of one or a few steps."""

@@ -1,0 +1,1 @@
+"""One file is one published method; `limbeck methods --wing sampling` lists them."""
