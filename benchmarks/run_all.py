@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("step_overhead", "epochs", "cached_teacher", "startup", "condensation", "mining")
+SCRIPTS = ("step_overhead", "epochs", "cached_teacher", "startup", "condensation", "mining", "sampling")
 Row = tuple[str, str, float, float, bool]
 
 
@@ -31,7 +31,7 @@ def run(name: str, *options: str) -> dict[str, Any]:
 def rows(results: dict[str, Any]) -> list[Row]:
     """Script, what is measured, target, figure, and whether the target is met."""
     found: list[Row] = []
-    step, epochs, cached, start, condensed, mined = (results.get(name) for name in SCRIPTS)
+    step, epochs, cached, start, condensed, mined, sampled = (results.get(name) for name in SCRIPTS)
     if step:
         for case in ("mlp", "resnet", "taps"):
             for arm in ("limbeck", "limbeck_loss") if case in step else ():
@@ -50,7 +50,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
         found.append(("cached_teacher", what, 0.95, got, got >= 0.95))
     for name, target in start["targets"].items() if start else ():
         found.append(("startup", name.replace("_", " "), target, start[name], start[name] <= target))
-    return found + condensation_rows(condensed, mined)
+    return found + condensation_rows(condensed, mined) + sampling_rows(sampled)
 
 
 def condensation_rows(condensed: dict[str, Any] | None, mined: dict[str, Any] | None) -> list[Row]:
@@ -76,6 +76,29 @@ def condensation_rows(condensed: dict[str, Any] | None, mined: dict[str, Any] | 
     return found
 
 
+def sampling_rows(sampled: dict[str, Any] | None) -> list[Row]:
+    """The same of the sampling wing."""
+    found: list[Row] = []
+    if not sampled:
+        return found
+    targets, quick = sampled["targets"], sampled["latency"]
+    bound = targets["share_of_bound"]
+    for name in ("student@1", "student@2", "student@4"):
+        got = quick[name]["share_of_bound"]
+        text = f"latency of the {name}, {quick[name]['ms']} ms a batch of 16: share of the bound that {quick[name]['calls']} calls set"
+        found.append(("sampling", text, bound, got, got >= bound))
+    names = {
+        "consistency": "step of consistency distillation over a hand-written loop",
+        "matching": "step of DMD2 without critic over a hand-written loop",
+        "adversarial": "step of DMD2 with its diffusion GAN over a hand-written loop",
+        "unavoidable": "step of DMD2 over the sum of its unavoidable passes",
+    }
+    for name, text in names.items():
+        got = sampled[name]["ratio"]
+        found.append(("sampling", text, targets[name], got, got <= targets[name]))
+    return found
+
+
 def page(results: dict[str, Any]) -> str:
     """The document."""
     lines = ["# Benchmarks", "", "Written by `python benchmarks/run_all.py`; all figures are in `benchmarks/results.json`."]
@@ -86,6 +109,11 @@ def page(results: dict[str, Any]) -> str:
         name, *more = script.split()
         command = " ".join([f"python benchmarks/{name}.py", *(f"{option} PATH" for option in more)])
         lines.append(f"| `{command}` | {what} | {target} | {got} | {'met' if met else '**missed**'} |")
+    if "sampling" in results:
+        quick = results["sampling"]["latency"]
+        many = next(name for name in quick if name.startswith("teacher@"))
+        said = f"one call instead of {quick[many]['calls']}: {quick['student@1_over_teacher']} times as fast"
+        lines += ["", f"Few-step sampling of a U-Net of {quick['parameters']:,} parameters: {said}; quality is in the evidence files."]
     lines += [""] + [f"Not measured: `{name}`." for name in SCRIPTS if name not in results]
     return "\n".join(lines).rstrip() + "\n"
 

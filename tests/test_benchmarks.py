@@ -12,7 +12,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 @pytest.mark.parametrize(
     "command",
-    [("step_overhead", "--case", "mlp"), ("epochs",), ("cached_teacher",), ("startup",), ("condensation",), ("mining",)],
+    [("step_overhead", "--case", "mlp"), ("epochs",), ("cached_teacher",), ("startup",), ("condensation",), ("mining",), ("sampling",)],
     ids=lambda command: command[0],
 )
 def test_quick(command):

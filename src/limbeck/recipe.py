@@ -18,14 +18,28 @@ import yaml
 from pydantic import ValidationError
 
 from limbeck.errors import UserError, unknown
-from limbeck.schema import Checkpoints, Condense, Data, Evaluation, Generate, Method, Model, Recipe, Schooling, Stage, Strict, Teacher, Training
+from limbeck.schema import (
+    Checkpoints,
+    Condense,
+    Data,
+    Evaluation,
+    Generate,
+    Method,
+    Model,
+    Recipe,
+    Schooling,
+    Stage,
+    Strict,
+    Teacher,
+    Training,
+)
 
 __all__ = [
     "Checkpoints",
     "Condense",
-    "Generate",
     "Data",
     "Evaluation",
+    "Generate",
     "Method",
     "Model",
     "Recipe",

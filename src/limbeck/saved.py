@@ -60,6 +60,11 @@ def open_saved(path: str | Path, model: str | None = None) -> Saved:
         raise UserError(
             f"{path} holds a synthetic set, not a network", "open it with limbeck.load_dataset(folder); `limbeck evaluate` judges it again"
         )
+    if (path / "generator").is_dir() or (path / "generator.json").is_file():
+        raise UserError(
+            f"{path} holds a generator, which is no classifier",
+            "open it with limbeck.load_generator(folder), or draw with `limbeck sample`",
+        )
     run = path if (path / "recipe.yaml").is_file() else path.parent if (path.parent / "recipe.yaml").is_file() else None
     folder = path / "student" if run == path else path
     if run == path and not folder.is_dir():

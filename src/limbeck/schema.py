@@ -244,8 +244,8 @@ class Generate(Strict):
     `jitter`: noise added to training pictures in [-1, 1] (digits have 17 grey values only). `steps`: numbers of steps at which the
     student is measured; the first one is what the summary's figures are of. `teacher_steps`: at which the teacher is measured, the last
     one being what it can do at best, with `teacher_sampler` on `grid`. `sampler`: replaces the method's own sampler for the student.
-    `samples`: pictures of each measurement. `features`: the classifier in whose features distances are measured; trained once on the
-    training part.
+    `samples`: pictures of each measurement. `compile`: run the student through torch.compile while it is trained and measured.
+    `features`: the classifier in whose features distances are measured; trained once on the training part.
     """
 
     process: str | dict[str, Any] = "auto"
@@ -256,14 +256,13 @@ class Generate(Strict):
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     jitter: Annotated[float, Field(ge=0)] = 0.0
     steps: list[Positive] = Field(default_factory=lambda: [1], min_length=1)
-    teacher_steps: list[Positive] = Field(default_factory=lambda: [1, 4, 32], min_length=1)
+    teacher_steps: list[Positive] = Field(default_factory=lambda: [32], min_length=1)
     teacher_sampler: str = "heun"
     grid: Literal["uniform", "log-snr", "karras"] = "uniform"
     sampler: str | None = None
     samples: Annotated[int, Field(ge=64)] = 2000
-    features: Model = Field(
-        default_factory=lambda: Model(model="cnn", args={"width": 16}, train=Schooling(epochs=15, batch=64, lr=2e-3))
-    )
+    compile: bool = False
+    features: Model = Field(default_factory=lambda: Model(model="cnn", args={"width": 16}, train=Schooling(epochs=15, batch=64, lr=2e-3)))
 
 
 class Checkpoints(Strict):

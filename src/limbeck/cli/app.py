@@ -15,6 +15,7 @@ COMMANDS = {
     "data": "List the embedded data sets.",
     "evidence": "Make or check the evidence of methods.",
     "cache": "Store a teacher's outputs once, to train from them many times.",
+    "sample": "Draw pictures from a generator.",
     "evaluate": "Measure a saved student.",
     "export": "Write a saved student as safetensors or ONNX.",
     "inspect": "Module paths, shapes, and proposed teacher-student pairs.",

@@ -23,9 +23,12 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="The network that takes the weights, when your own code makes it: python:package.module:factory.")
     ] = None,
+    inception: Annotated[
+        Path | None, typer.Option(metavar="WEIGHTS", help="Also the Inception FID of a generator, by torch-fidelity with these weights.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="A JSON object for programs.")] = False,
 ) -> None:
-    """Measure a saved student again: its metrics on the test split, and what it costs. A synthetic set is judged again.
+    """Measure a saved student again: its metrics on the test split, and what it costs. A synthetic set or a generator is judged again.
 
     The data are those of the run that made it, unless others are named. Where the run recorded its figures, they stand beside the
     new ones: on the same data and machine they must be equal.
@@ -33,12 +36,19 @@ def evaluate(
     Examples: limbeck evaluate runs/digits-kd-001 | limbeck evaluate runs/digits-kd-001 --data csv:new.csv --json
     """
     from limbeck.condensation.judging import is_set
+    from limbeck.sampling.generator import is_generator
 
-    if is_set(path):
-        if data is not None or model is not None:
-            raise UserError("--data and --model are for networks, and this is a synthetic set", "change its run's recipe with --set")
-        _judge(path, list(set or []), json)
-        return
+    if inception is not None and not is_generator(path):
+        raise UserError("--inception is for generators, and this is none", "leave it out")
+    for found, what in ((is_set, "a synthetic set"), (is_generator, "a generator")):
+        if found(path):
+            if data is not None or model is not None:
+                raise UserError(f"--data and --model are for networks, and this is {what}", "change its run's recipe with --set")
+            if found is is_set:
+                _judge(path, list(set or []), json)
+            else:
+                _draw_again(path, list(set or []), json, inception)
+            return
     from limbeck.saved import measure, open_saved
 
     found = measure(open_saved(path, model), data, list(set or []))
@@ -70,6 +80,32 @@ def _judge(path: Path, changes: list[str], json: bool) -> None:
     Console().print(table)
     parts = ", ".join(f"{name} {size}" for name, size in found["bytes"].items())
     print(f"{found['samples']} samples, {human(sum(found['bytes'].values()), 'B')} ({parts})")
+
+
+def _draw_again(path: Path, changes: list[str], json: bool, inception: Path | None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from limbeck.report.tables import ABSENT, percent
+    from limbeck.sampling.again import measure_again
+
+    found = measure_again(path, changes, inception)
+    if json:
+        print(json_module.dumps(found, indent=1))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, title in enumerate(("steps", "calls", "distance", "recorded", "precision", "recall", "class")):
+        table.add_column(title, justify="right" if number else "left")
+    for steps, figures in found["figures"].items():
+        before = found["recorded"][steps]
+        cells = (f"{figures['feature_distance']:.4g}", ABSENT if before is None else f"{before:.4g}")
+        shares = (percent(figures["precision"], 0), percent(figures["recall"], 0), percent(figures.get("class_accuracy")))
+        table.add_row(steps, str(found["calls"][steps]), *cells, *shares)
+    Console().print(table)
+    print(f"real training pictures are at distance {found['floor']['feature_distance']:.4g}")
+    for steps, value in found.get("inception_fid", {}).items():
+        print(f"Inception FID at {steps} step{'s' if int(steps) > 1 else ''}: {value:.4g}")
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -85,7 +85,8 @@ class Denoiser:
         return other
 
     def under(self, process: Process) -> Denoiser:
-        """The same network read in the time and state of another process: equal noise levels, states rescaled (exact for linear processes)."""
+        """The same network read in the time and state of another process: equal noise levels, states rescaled (exact for linear
+        processes)."""
         return self._copy(process=self.own if process == self.own else process)
 
     def with_network(self, network: nn.Module) -> Denoiser:
@@ -173,8 +174,9 @@ class Denoiser:
         given, free = both.chunk(2)
         scale = torch.as_tensor(self.guidance.scale, device=x.device, dtype=x.dtype).expand(len(x))
         if self.guidance.low > 0 or self.guidance.high < math.inf:
-            ratio = self.own.angle(own).tan()
-            scale = torch.where((ratio >= self.guidance.low) & (ratio <= self.guidance.high), scale, torch.ones_like(scale))
+            angle = self.own.angle(own)  # not its tangent, which is negative where pi/2 is rounded up
+            inside = (angle >= math.atan(self.guidance.low)) & ((angle <= math.atan(self.guidance.high)) | math.isinf(self.guidance.high))
+            scale = torch.where(inside, scale, torch.ones_like(scale))
         return free + expand(scale, x) * (given - free)
 
     def parts(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -219,7 +221,7 @@ class Denoiser:
         """
         x = self.process.diffuse(x0, noise, t)
         value = self.raw(x, t, label)
-        state, own = self.own_state(x, t)
+        _, own = self.own_state(x, t)
         # data and noise are the same in every process; only a prediction's meaning depends on it
         target = self.own.read(self.prediction, x0, noise, own, self.sigma_data)
         error = (value - target).square().flatten(1).mean(1)
@@ -238,7 +240,9 @@ class Denoiser:
             raise UserError(f"{type(self.network).__name__} names no stages", "give it an attribute `taps`: module paths in order of depth")
         return tuple(found)
 
-    def features(self, x: Tensor, t: Tensor, label: Tensor | None = None, paths: Sequence[str] | None = None) -> tuple[list[Tensor], Tensor]:
+    def features(
+        self, x: Tensor, t: Tensor, label: Tensor | None = None, paths: Sequence[str] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """Outputs of stages, and the raw output of the same unguided pass.
 
         Args:

@@ -1,7 +1,7 @@
 """Noise processes: how data becomes noise, and every exact conversion that follows from it.
 
-One convention for all: `x_t = alpha(t) x0 + sigma(t) z` with `z ~ N(0, I)`; small t is data, large t is noise. Per-sample numbers (t, alpha, sigma)
-have shape `(B,)` and are broadcast over the remaining axes of `(B, ...)` samples.
+One convention for all: `x_t = alpha(t) x0 + sigma(t) z` with `z ~ N(0, I)`; small t is data, large t is noise. Per-sample numbers (t,
+alpha, sigma) have shape `(B,)` and are broadcast over the remaining axes of `(B, ...)` samples.
 
 The noise level that all processes share is the angle `theta = atan2(sigma, alpha)` in [0, pi/2]: 0 is data, pi/2 pure noise. It is
 finite everywhere, also where a log-SNR is not, so a state moves between processes through it.
@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +45,11 @@ class Process(ABC):
     name: ClassVar[str]
     t_data: float
     t_noise: float
+
+    @property
+    def t_low(self) -> float:
+        """The lowest time that a network is trained at, where grids that are not uniform end before the data."""
+        return self.t_data
 
     # ---- what a process is ----
 
@@ -156,8 +162,8 @@ class Process(ABC):
         """`(steps + 1,)` times from the noise end to the data end, for a sampler of so many steps.
 
         Args:
-            grid: "uniform" in t; "log-snr" uniform in log(alpha/sigma) between angles that a sampler can tell apart; "karras" (rho = 7, uniform
-                in the seventh root of sigma/alpha between 80 and 0.002 or the ends of the process, then the data end).
+            grid: "uniform" in t; "log-snr" uniform in log(alpha/sigma) between angles that a sampler can tell apart; "karras"
+                (rho = 7, uniform in the seventh root of sigma/alpha between 80 and 0.002 or the ends of the process, then the data end).
             start: the first time, for generators that begin elsewhere than at the noise end.
         """
         if steps < 1:
@@ -165,7 +171,7 @@ class Process(ABC):
         first = self.t_noise if start is None else float(start)
         if grid == "uniform":
             return self._uniform(first, steps, device)
-        ends = self.angle(torch.tensor([first, self.t_data], dtype=torch.float64)).clamp(math.atan(0.002), math.atan(80.0)).tan()
+        ends = self.angle(torch.tensor([first, self.t_low], dtype=torch.float64)).clamp(math.atan(0.002), math.atan(80.0)).tan()
         if grid == "karras":
             roots = torch.linspace(float(ends[0] ** (1 / 7)), float(ends[1] ** (1 / 7)), steps, dtype=torch.float64) ** 7
         elif grid == "log-snr":
@@ -184,8 +190,8 @@ class Process(ABC):
 
         Args:
             law: "uniform" between positions a and b; "logit-normal" in position with mean a and deviation b; "log-normal": log(sigma/alpha)
-                normal with mean a and deviation b (Karras et al.: -1.2, 1.2); "u-shaped" with steepness a (Lee et al. 2024, arXiv:2405.20320:
-                density proportional to e^(a t) + e^(a (1 - t)), a = 4).
+                normal with mean a and deviation b (Karras et al.: -1.2, 1.2); "u-shaped" with steepness a (Lee et al. 2024,
+                arXiv:2405.20320: density proportional to e^(a t) + e^(a (1 - t)), a = 4).
         """
         if law == "log-normal":
             return self.time_at((torch.randn(count, device=device) * b + a).exp().atan())
@@ -194,15 +200,20 @@ class Process(ABC):
         elif law == "logit-normal":
             place = torch.sigmoid(a + b * torch.randn(count, device=device))
         elif law == "u-shaped":
-            u = torch.log1p(torch.rand(count, device=device) * math.expm1(a)) / a
+            u = torch.rand(count, device=device)
+            u = torch.log1p(u * math.expm1(a)) / a if a else u
             place = torch.where(torch.rand(count, device=device) < 0.5, u, 1 - u)
         else:
             raise unknown("law of times", law, ("uniform", "logit-normal", "log-normal", "u-shaped"))
         return self.at(place)
 
     def at(self, place: Tensor) -> Tensor:
-        """The time at positions in [0, 1]."""
+        """The time at places in [0, 1] of the process's own spread of times (for most processes `position`)."""
         return self.t_data + (self.t_noise - self.t_data) * place
+
+    def place(self, t: Tensor) -> Tensor:
+        """The inverse of `at`. Unlike `position`, which networks are told, it knows a flow's shift."""
+        return self.position(t)
 
 
 @dataclass(frozen=True)
@@ -244,13 +255,17 @@ class Flow(Process):
     def at(self, place: Tensor) -> Tensor:
         return self.shift * place / (1 + (self.shift - 1) * place)
 
+    def place(self, t: Tensor) -> Tensor:
+        return t / (self.shift - (self.shift - 1) * t)
+
     def facts(self) -> dict[str, Any]:
         return {"name": self.name, "shift": self.shift}
 
 
 @dataclass(frozen=True)
 class Trig(Process):
-    """The trigonometric process x = cos(t) x0 + sin(t) z, t in [0, pi/2] (TrigFlow, Lu & Song 2024, arXiv:2410.11081, in units of sigma_data)."""
+    """The trigonometric process x = cos(t) x0 + sin(t) z, t in [0, pi/2] (TrigFlow, Lu & Song 2024, arXiv:2410.11081, in units of
+    sigma_data)."""
 
     name: ClassVar[str] = "trig"
     t_data: ClassVar[float] = 0.0
@@ -351,7 +366,8 @@ class EDM(Process):
 
 @dataclass(frozen=True)
 class Discrete(Process):
-    """Variance preserving in N discrete steps (DDPM, Ho et al. 2020, arXiv:2006.11239): alpha^2 at step n is the running product of 1 - beta.
+    """Variance preserving in N discrete steps (DDPM, Ho et al. 2020, arXiv:2006.11239): alpha^2 at step n is the running product of
+    1 - beta.
 
     Times are real numbers from -1 (data) over 0 (the least noise) to N - 1; between whole steps log(alpha/sigma) is interpolated
     linearly, between -1 and 0 sigma is.
@@ -366,7 +382,7 @@ class Discrete(Process):
 
     def __post_init__(self) -> None:
         p = self.products
-        if len(p) < 2 or any(not 0 < b < a < 1 for a, b in zip(p, p[1:])):
+        if len(p) < 2 or any(not 0 < b < a < 1 for a, b in pairwise(p)):
             raise UserError("the products of 1 - beta must fall from below 1 to above 0", "give alphas_cumprod of a DDPM schedule")
 
     @classmethod
@@ -388,6 +404,10 @@ class Discrete(Process):
     @property
     def t_noise(self) -> float:  # type: ignore[override]
         return float(len(self.products) - 1)
+
+    @property
+    def t_low(self) -> float:
+        return 0.0
 
     @cached_property
     def _lambdas(self) -> Tensor:
@@ -452,7 +472,7 @@ def make_process(facts: str | dict[str, Any]) -> Process:
         if name in simple:
             return simple[name](**own)
         if "products" in own:
-            return Discrete(tuple(own["products"]))
+            return Discrete(**{**own, "products": tuple(own["products"])})
         return Discrete.from_betas(**{**schedules[name], **own})
     except TypeError as error:
         raise UserError(f"the noise process {name}: {error}", "`limbeck show` and docs/sampling.md list the arguments") from None

@@ -1,7 +1,7 @@
 """Samplers: from noise to data with a denoiser, deterministic by the state of a generator.
 
-A sampler is a function `(denoiser, x, times, label, rng, options) -> x0`: `x` `(B, ...)` is the state at `times[0]`, `times` `(steps + 1,)` falls to
-the data end.
+A sampler is a function `(denoiser, x, times, label, rng, options) -> x0`: `x` `(B, ...)` is the state at `times[0]`, `times` `(steps +
+1,)` falls to the data end.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def heun(denoiser: Denoiser, x: Tensor, times: Tensor, label: Tensor | None, rng
     return x
 
 
-def ancestral(denoiser: Denoiser, x: Tensor, times: Tensor, label: Tensor | None, rng: Any, options: Mapping[str, Any], watch: Watch) -> Tensor:
+def ancestral(
+    denoiser: Denoiser, x: Tensor, times: Tensor, label: Tensor | None, rng: Any, options: Mapping[str, Any], watch: Watch
+) -> Tensor:
     """The posterior's mean and fresh noise: DDPM for `eta` 1, DDIM for 0 (Song et al. 2020, equation 16, for any process)."""
     process, eta = denoiser.process, float(options.get("eta", 1.0))
     for t, s, last in _pairs(times, x):
@@ -109,8 +111,11 @@ def dpm(denoiser: Denoiser, x: Tensor, times: Tensor, label: Tensor | None, rng:
     return x
 
 
-def renoise(denoiser: Denoiser, x: Tensor, times: Tensor, label: Tensor | None, rng: Any, options: Mapping[str, Any], watch: Watch) -> Tensor:
-    """Predict the data, add fresh noise of the next level, again (consistency sampling, Song et al. 2023, arXiv:2303.01469, algorithm 1)."""
+def renoise(
+    denoiser: Denoiser, x: Tensor, times: Tensor, label: Tensor | None, rng: Any, options: Mapping[str, Any], watch: Watch
+) -> Tensor:
+    """Predict the data, add fresh noise of the next level, again (consistency sampling, Song et al. 2023, arXiv:2303.01469, algorithm
+    1)."""
     for t, s, last in _pairs(times, x):
         x0 = denoiser.x0(x, t, label)
         watch(t, x0)
@@ -129,14 +134,16 @@ def jump(denoiser: Denoiser, x: Tensor, times: Tensor, label: Tensor | None, rng
         watch(t, x0)
         if last:
             return x0
-        below = process.at((1 - eta) * process.position(s).clamp(0, 1))
+        below = process.at((1 - eta) * process.place(s).clamp(0, 1))
         x = ddim_step(process, x0, noise, below)
         if eta > 0:
             x = process.noisier(x, below, s, _noise(x, rng))
     return x
 
 
-def from_noise(denoiser: Denoiser, x: Tensor, times: Tensor, label: Tensor | None, rng: Any, options: Mapping[str, Any], watch: Watch) -> Tensor:
+def from_noise(
+    denoiser: Denoiser, x: Tensor, times: Tensor, label: Tensor | None, rng: Any, options: Mapping[str, Any], watch: Watch
+) -> Tensor:
     """One call of a network that maps initial noise to data (`Denoiser.from_noise`)."""
     if len(times) != 2:
         raise UserError(
@@ -144,7 +151,7 @@ def from_noise(denoiser: Denoiser, x: Tensor, times: Tensor, label: Tensor | Non
         )
     start = torch.full((len(x),), denoiser.process.t_noise, device=x.device, dtype=x.dtype)
     end = torch.full_like(start, float(options.get("end", denoiser.process.t_data)))
-    made = denoiser.from_noise(x / expand(denoiser.process.scale(start), x), end, label)
+    made = denoiser.from_noise(x / expand(denoiser.process.scale(times[0].expand(len(x))), x), end, label)
     watch(start, made)
     return made
 
@@ -197,13 +204,23 @@ def sample(
     """
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
+    for name in options:
+        if name not in OPTIONS.get(sampler, ()):
+            takes = " and ".join(OPTIONS.get(sampler, ())) or "no option"
+            raise UserError(f"the sampler {sampler} has no option {name!r}", f"it takes {takes}")
     process = denoiser.process
     if times is None:
         times = process.times(steps, grid, device=noise.device)
     times = times.to(noise.device, noise.dtype)
+    if isinstance(rng, Sequence) and len(rng) != len(noise):
+        raise UserError(f"{len(rng)} streams of noise for {len(noise)} samples", "give one generator a sample, or a single one for all")
     first = times[0].expand(len(noise))
     x = expand(process.scale(first), noise) * noise
     return SAMPLERS[sampler](denoiser, x, times, label, rng, options, watch)
+
+
+OPTIONS: dict[str, tuple[str, ...]] = {"ancestral": ("eta",), "jump": ("eta",), "from-noise": ("end",)}
+"""What a sampler may be told beside its times."""
 
 
 def evaluations(sampler: str, steps: int, guided: bool) -> int:

@@ -121,6 +121,7 @@ def plan(recipe: schema.Recipe, session: Session) -> Forecast:
         UserError: whatever would also stop the run at its beginning.
         Interrupted: after Ctrl-C.
     """
+    models.make_method(recipe.method)  # a recipe of another wing is told first
     data = models.open_recipe_data(recipe.data)
     task = models.task_of(recipe, data)
     networks, start = recipe_networks(recipe, data)

@@ -1,7 +1,7 @@
 """Losses of generators: score differences, score identities, adversarial games, robust distances, kernel discrepancies.
 
-`x` is a generated batch `(B, ...)`; teacher and fake predictions of clean data have the same shape. Unlike elsewhere, score losses detach what
-their papers hold constant, because that *is* the loss.
+`x` is a generated batch `(B, ...)`; teacher and fake predictions of clean data have the same shape. Unlike elsewhere, score losses
+detach what their papers hold constant, because that *is* the loss.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def pixel_distance(x: Tensor, other: Tensor) -> Tensor:
 
 
 def matching_direction(x: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
-    """(X_F - X_T) / mean|x - X_T|: the normalised gradient of KL(generator || teacher) with respect to x (Yin et al. 2024, arXiv:2405.14867).
+    """(X_F - X_T) / mean|x - X_T|: the normalised gradient of KL(generator || teacher) with respect to x (Yin et al. 2024,
+    arXiv:2405.14867).
 
     Args:
         x: generated samples. teacher, fake: what the two networks see as clean data in the same re-noised x.
@@ -51,8 +52,8 @@ def matching_direction(x: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
 def score_identity(x: Tensor, teacher: Tensor, fake: Tensor, alpha: float = 1.0) -> Tensor:
     """mean_b mean_pix (X_T - X_F) ((X_T - x) - alpha (X_T - X_F)) / W with W = mean|x - X_T|; gradients run through all three.
 
-    The Fisher divergence in a form that needs no gradient of the fake score's training (Zhou et al. 2024, arXiv:2404.04057, equation 23). It
-    has no lower bound. The paper sums over pixels; the mean keeps learning rates comparable between sizes.
+    The Fisher divergence in a form that needs no gradient of the fake score's training (Zhou et al. 2024, arXiv:2404.04057, equation
+    23). It has no lower bound. The paper sums over pixels; the mean keeps learning rates comparable between sizes.
     """
     x, teacher, fake = wide(x), wide(teacher), wide(fake)
     weight = pixel_distance(x, teacher).clamp_min(1e-5)
@@ -99,7 +100,8 @@ def gradient_penalty(logits: Tensor, real: Tensor) -> Tensor:
 
 
 def pseudo_huber(error: Tensor, scale: float = 0.00054) -> Tensor:
-    """`(B,)` (sqrt(|e|^2 + c^2) - c) / d with c = scale * d, d numbers a sample (Song & Dhariwal 2023, arXiv:2310.14189; as in arXiv:2405.20320).
+    """`(B,)` (sqrt(|e|^2 + c^2) - c) / d with c = scale * d, d numbers a sample (Song & Dhariwal 2023, arXiv:2310.14189; as in
+    arXiv:2405.20320).
 
     Args:
         error: `(B, ...)`.

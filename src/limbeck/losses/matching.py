@@ -70,9 +70,7 @@ def characteristic(features: Tensor, frequencies: Tensor) -> tuple[Tensor, Tenso
     return angles.cos().mean(-2), angles.sin().mean(-2)
 
 
-def characteristic_discrepancy(
-    synthetic: Tensor, real: Tensor, frequencies: Tensor, amplitude: float = 0.5, phase: float = 0.5
-) -> Tensor:
+def characteristic_discrepancy(synthetic: Tensor, real: Tensor, frequencies: Tensor, amplitude: float = 0.5, phase: float = 0.5) -> Tensor:
     """Mean over frequencies of sqrt(amplitude * (|P_r| - |P_s|)^2 + phase * 2 (|P_r||P_s| - Re(P_r conj P_s))).
 
     With both weights equal the root's content is that weight times |P_r - P_s|^2. (Wang et al. 2025, arXiv:2502.20653.)

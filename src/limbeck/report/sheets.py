@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,6 +39,14 @@ def png(page: Tensor, times: int = 1) -> bytes:
     out = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(out, format="PNG", optimize=True)
     return out.getvalue()
+
+
+def write_each(pictures: Tensor, folder: str | Path) -> None:
+    """Every picture of `(N, 1 or 3, H, W)` in [-1, 1] as `00000.png`, `00001.png`, ... in a folder, which is made if needed."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures):
+        (folder / f"{number:05d}.png").write_bytes(png((picture + 1) / 2))
 
 
 def enlargement(width: int, side: int = 32) -> int:

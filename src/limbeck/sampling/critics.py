@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -79,7 +80,8 @@ class RandomEmbeddings:
 
     def draw(self) -> nn.Module:
         """One of the networks with fresh weights, from torch's global generator."""
-        network = self.networks[int(torch.randint(len(self.networks), (1,)))]
+        # a copy: the graph of an earlier draw may still need the weights that it was made with
+        network = copy.deepcopy(self.networks[int(torch.randint(len(self.networks), (1,)))])
         with torch.no_grad():
             for module in network.modules():
                 if hasattr(module, "reset_parameters"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ class Generator(Artifact):
         """Where its network is."""
         return next(self.denoiser.network.parameters()).device
 
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.shape))
+        return f"Generator({type(self.denoiser.network).__name__}, {shape}, {self.denoiser.process.name}, sampler {self.sampler!r})"
+
     def times(self, steps: int) -> Tensor:
         """`(steps + 1,)` times that it visits."""
         start = self.options.get("start")
@@ -71,11 +76,29 @@ class Generator(Artifact):
         if "start" in self.options:  # a generator that begins inside the process begins at sigma z, without a mean part
             process, first = self.denoiser.process, times[:1]
             noise = noise * float(process.sigma(first) / process.scale(first))
-        if self.base is not None and steps > 1:
+        if self.base is not None:
             from limbeck.sampling.hybrid import hybrid_sample
 
             return hybrid_sample(self.base, self.denoiser, noise, labels, times, self.sampler, rng, self.options)
         return sample(self.denoiser, noise, labels, sampler=self.sampler, times=times, rng=rng, **own)
+
+    def compile(self) -> Generator:
+        """Run its network through torch.compile from now on (the first call of each shape takes long); returns itself.
+
+        Raises:
+            UserError: torch cannot compile here (no C++ compiler, say).
+        """
+        try:
+            self.denoiser.network.compile()
+            self.from_noise(torch.zeros(2, *self.shape, device=self.device), self._example(2))
+        except Exception as error:  # whatever a compiler may say
+            raise UserError(
+                f"torch.compile failed: {str(error).splitlines()[0][:200]}", "leave compile out, or install a C++ compiler"
+            ) from None
+        return self
+
+    def _example(self, count: int) -> Tensor | None:
+        return torch.zeros(count, dtype=torch.long, device=self.device) if self.denoiser.classes else None
 
     def sample(self, count: int, steps: int = 1, seed: int = 0, labels: Tensor | list[int] | int | None = None, batch: int = 512) -> Tensor:
         """`(count, C, H, W)` pictures in [-1, 1] on the CPU, the same for the same seed whatever the batch.
@@ -117,7 +140,7 @@ class Generator(Artifact):
     def calls(self, steps: int) -> int:
         """Network evaluations a picture."""
         before = self.denoiser.calls, 0 if self.base is None else self.base.calls
-        labels = torch.zeros(1, dtype=torch.long, device=self.device) if self.denoiser.classes else None
+        labels = self._example(1)
         if self.base is None:
             return evaluations(self.sampler, steps, self.denoiser.guidance.acts)
         self.from_noise(torch.zeros(1, *self.shape, device=self.device), labels, steps)
@@ -133,6 +156,11 @@ class Generator(Artifact):
 
         folder = Path(folder)
         save_model(self.denoiser.network, folder, card=card, extra=extra)
+        if hasattr(self.denoiser.network, "source"):  # a DiffusersNetwork
+            from limbeck.sampling.pipelines import save_pipeline
+
+            with suppress(UserError):  # diffusers has no scheduler for every process; the network is saved in any case
+                save_pipeline(self.denoiser, folder / "pipeline", sampler=self.sampler)
         note: dict[str, Any] = {
             "format": FORMAT,
             "shape": list(self.shape),

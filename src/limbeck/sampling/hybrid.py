@@ -58,6 +58,7 @@ def hybrid_sample(
         x = ddim_step(base.process, *base.parts(x, t, labels), s)
     reached = few.process.time_at(base.process.angle(first[made : made + 1]))
     x = x * expand(few.process.scale(reached) / base.process.scale(first[made : made + 1]), x)
-    rest = torch.cat([reached, times[replaced + 1 :]])
+    later = times[replaced + 1 :]
+    rest = torch.cat([reached, later[later < reached]])  # coarse base steps may have passed some of them
     own = {k: v for k, v in options.items() if k == "eta"}
     return SAMPLERS[sampler](few, x, rest, labels, rng, own, lambda t, x0: None)

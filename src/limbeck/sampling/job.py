@@ -76,7 +76,7 @@ def distilled(method: FewStep, pair: Pair, session: Session) -> Generator:
     seed_everything(pair.seed, f"{method.card.id} finish")
     generator = method.finish(program.denoiser())
     generator.classes = pair.pictures.data.classes
-    return generator
+    return generator.compile() if pair.spec.compile else generator
 
 
 def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Outcome:
@@ -92,12 +92,13 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
     generator = distilled(method, pair, session)
     seed_everything(pair.seed, "judge")
     judge = Judge(pair.pictures, features, pair.spec.samples, pair.seed, recipe.evaluation.final)
-    rows = _measure(judge, generator, pair, session)
+    rows = _measure(judge, generator, pair, session, recipe.baseline)
     return _outcome(recipe, method, generator, pair, rows, session)
 
 
-def _measure(judge: Judge, generator: Generator, pair: Pair, session: Session) -> list[Measured]:
-    spec, teacher = pair.spec, pair.teacher
+def _measure(judge: Judge, generator: Generator, pair: Pair, session: Session, beside: bool) -> list[Measured]:
+    """Rows of the table; `beside` also measures the teacher, which comparisons and evidence leave out."""
+    spec, teacher = pair.spec, pair.teacher if beside else None
     rows = [judge.floor()]
     wanted = len(spec.steps) + (0 if teacher is None else len(spec.teacher_steps) + len(spec.steps))
     for callback in session.callbacks:

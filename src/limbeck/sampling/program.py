@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from limbeck.data.batch import Batch
 from limbeck.diffusion import Denoiser
+from limbeck.engine import checkpoint
 from limbeck.engine.clock import Clock
 from limbeck.engine.program import PlainProgram, Tick
 from limbeck.sampling.few_step import FewStep, Pair
@@ -39,6 +40,8 @@ class SamplingProgram(PlainProgram):
         if pair.training.ema is not None:
             self.average = AveragedModel(pair.student.network, multi_avg_fn=get_ema_multi_avg_fn(pair.training.ema), use_buffers=True)
         self._spread: float | None = None
+        if pair.spec.compile:
+            pair.student.network.compile()  # in place: the same module with the same names, only its call is another
 
     def modules(self) -> dict[str, nn.Module]:
         """Student, the method's parts, and the moving average."""
@@ -76,12 +79,11 @@ class SamplingProgram(PlainProgram):
         made = self.method.made
         if made is not None and len(made) > 7:
             if self._spread is None:
-                state = torch.random.get_rng_state()  # looking must not change what is drawn next
+                state = checkpoint.random_state()  # looking must not change what is drawn next
                 self._spread = _spread(self.pair.pictures.random(256)[0])
-                torch.random.set_rng_state(state)
-            share = _spread(made) / max(self._spread, 1e-12)
-            if share < COLLAPSED:
-                found.append(f"collapse: the generated pictures of a batch differ {share:.1%} as much as real ones do")
+                checkpoint.restore_random_state(state)
+            if _spread(made) < COLLAPSED * self._spread:
+                found.append(f"collapse: the generated pictures of a batch differ less than {COLLAPSED:.0%} as much as real ones do")
         return found
 
     def denoiser(self) -> Denoiser:

@@ -13,8 +13,10 @@ from limbeck.report.tables import ABSENT, milliseconds, percent
 from limbeck.sampling.judge import Measured
 
 MEANING = (
-    "Distance: Frechet distance to held-out real pictures in the features of a classifier trained on the same data (no FID: other features). "
-    "Precision and recall: k-nearest-neighbour manifolds, k = 5. Class: share of pictures that this classifier takes for the class they were "
+    "Distance: Frechet distance to held-out real pictures in the features of a classifier trained on the same data (no FID: "
+    "other features). "
+    "Precision and recall: k-nearest-neighbour manifolds, k = 5. Class: share of pictures that this classifier takes for the "
+    "class they were "
     "asked to be of. Calls: network evaluations a picture; latency for one picture in batches of 16. The first row measures real "
     "training pictures the same way: the floor."
 )
@@ -100,7 +102,8 @@ def _all_figures(rows: Sequence[Measured]) -> Section:
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
     body = [{"key": "", "name": row.name, "cells": [_number(row.figures.get(name)) for name in names]} for row in rows]
     text = (
-        "nearest: distance to the nearest training picture in units of what held-out pictures have (1: as new as those, 0: copies); copies: "
+        "nearest: distance to the nearest training picture in units of what held-out pictures have (1: as new as those, 0: "
+        "copies); copies: "
         "share nearer to one than 1 % of held-out pictures are."
     )
     return Section("figures", "All figures", text=text, head=["model", *(name.replace("_", " ") for name in names)], rows=body)
@@ -121,7 +124,8 @@ def card(summary: Mapping[str, Any]) -> str:
     lines = [
         f"# {summary['name']}: a generator of few steps",
         "",
-        f"Method: `{summary['method']}`. Teacher: {summary['teacher']}. Data: the training part of {data['name']} ({data['train']} pictures, "
+        f"Method: `{summary['method']}`. Teacher: {summary['teacher']}. Data: the training part of {data['name']} "
+        f"({data['train']} pictures, "
         f"{len(data['classes'])} classes).",
         "",
         summary["headline"],

@@ -32,7 +32,7 @@ def make_reward(name: str, pair: Any) -> Reward:
     module, _, function = name.removeprefix("python:").partition(":")
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise UserError(f"the reward {name!r} cannot be imported: {error}", "write python:package.module:function") from None
     if not callable(found):
         raise UserError(f"{module} has no function {function!r}", "write python:package.module:function")

@@ -46,10 +46,18 @@ class ScoreMatching(FewStep):
     def setup(self, pair: Pair) -> None:
         if self.low >= self.high:
             raise UserError(f"{self.card.id}: levels from {self.low} to {self.high}", "low must be below high")
+        self.times = self._times(pair)
+        end = float(pair.student.process.alpha(self.times[:1]))
+        if end < 1e-3 and pair.student.prediction in ("noise", "score"):
+            raise UserError(
+                f"{self.card.id}: the student predicts noise, and where it begins there is nothing else (alpha is {end:.2g})",
+                "set method.start below 1, for example 0.95, or give a network that predicts v, velocity or x0",
+            )
         self.fake = self.make_fake(pair)
         self.parts["fake"] = self.fake.network
-        self.times = self._times(pair)
         if self.gan > 0:
+            if pair.classes and not pair.pictures.classes:
+                raise UserError(f"{self.card.id}: the critic is told classes, and the pictures have none", "set method.gan=0")
             self._paths = middle_of(self.fake)
             self.parts["heads"] = Heads(widths_of(self.fake, pair, self._paths), pair.classes).to(pair.device)
         self._now: tuple[int, Tensor, Tensor | None] | None = None
@@ -85,7 +93,9 @@ class ScoreMatching(FewStep):
         many = len(self.times)
         walked = int(torch.randint(many, (1,))) if many > 1 else 0
         t = self.times[0].expand(count)
-        x = expand(process.sigma(t), pair.noise(0)) * pair.noise(count)
+        noise = pair.noise(count)
+        # as sampling begins: at the noise end with noise alone, though alpha may not be 0 there; inside the process without a mean part
+        x = expand(process.scale(t) if self.start == 1.0 else process.sigma(t), noise) * noise
         with torch.no_grad():
             for number in range(walked):
                 made = student.x0(x, t, labels)
@@ -94,9 +104,13 @@ class ScoreMatching(FewStep):
         return x, t, labels
 
     def levels(self, count: int, low: float | None = None, high: float | None = None) -> Tensor:
-        """`(B,)` times at which scores are compared, uniform in position."""
+        """`(B,)` times of the fake score's process (the teacher's) at which scores are compared, uniform in position."""
         low, high = self.low if low is None else low, self.high if high is None else high
-        return self.pair.student.process.draw(count, "uniform", low, high, self.pair.device)
+        return self.fake.process.draw(count, "uniform", low, high, self.pair.device)
+
+    def told(self, labels: Tensor | None) -> Tensor | None:
+        """What the fake network is told of labels."""
+        return labels
 
     def losses(self, turn: str, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         if turn == "student":
@@ -126,15 +140,20 @@ class ScoreMatching(FewStep):
         t = self.levels(len(x), 0.0, 1.0)
         noise = torch.randn_like(x)
         state = process.diffuse(x, noise, t)
-        features, raw = self.fake.features(state, t, labels, self._paths)
+        features, raw = self.fake.features(state, t, self.told(labels), self._paths)
         return self.parts["heads"](features, labels), raw, state, noise, t
 
     def fake_losses(self, x: Tensor, labels: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         """Denoise what the generator made, over the whole range of levels; with a critic its loss, from the very same pass."""
         if self.gan == 0:
             t = self.levels(len(x), 0.0, 1.0)
-            return {"fake": self.fake.denoising_loss(x, torch.randn_like(x), t, labels)}
-        said, raw, _, noise, t = self._logits(x, labels)
-        target = self.fake.own.read(self.fake.prediction, x, noise, t, self.fake.sigma_data)
+            return {"fake": self.fake.denoising_loss(x, torch.randn_like(x), t, self.told(labels))}
+        said, raw, state, noise, t = self._logits(x, labels)
+        _, own = self.fake.own_state(state, t)
+        target = self.fake.own.read(self.fake.prediction, x, noise, own, self.fake.sigma_data)
+        return {"fake": (raw - target).square().mean(), "critic": self.critic_term(said, batch)}
+
+    def critic_term(self, said: Tensor, batch: Batch) -> Tensor:
+        """The critic's weighted loss from its logits on generated samples and a batch of real ones."""
         real, *_ = self._logits(batch.inputs, batch.labels if self.pair.classes else None)
-        return {"fake": (raw - target).square().mean(), "critic": self.critic * critic_loss(real, said)}
+        return self.critic * critic_loss(real, said)

@@ -70,7 +70,10 @@ class Loader:
         """A network as a recipe names it, before any training."""
         reference = spec.model.removeprefix("folder:")
         if is_generator(reference):
-            return load_generator(reference, self.session.device).denoiser
+            opened = load_generator(reference, self.session.device)
+            if opened.base is not None or {"start", "levels"} & set(opened.options):
+                self.session.notes.append(f"{name}: the generator in {reference} has a sampling of its own, of which only the network is taken")
+            return opened.denoiser
         if spec.model.startswith("diffusers:"):
             from limbeck.sampling.pipelines import open_pipeline
 
@@ -135,12 +138,11 @@ class Loader:
         """
         shape = self.pictures.shape
         own = getattr(made.network, "input_shape", None)
-        if own is not None and tuple(own)[0] != shape[0]:
-            raise UserError(f"{name}: made for {tuple(own)[0]} channels, and the pictures have {shape[0]}", "set data.channels")
-        if own is not None and tuple(own) != shape:
-            raise UserError(
-                f"{name}: made for pictures {tuple(own)}, and these are {shape}", "set data.size, or build the network for them"
-            )
+        own = None if own is None else tuple(own)
+        if own is not None and own[:1] != shape[:1]:
+            raise UserError(f"{name}: made for {own[0]} channels, and the pictures have {shape[0]}", "set data.channels")
+        if own is not None and own != shape:
+            raise UserError(f"{name}: made for pictures {own}, and these are {shape}", "set data.size, or build the network for them")
         if made.classes and self.pictures.classes and made.classes != self.pictures.classes:
             raise UserError(
                 f"{name}: knows {made.classes} classes, and the data has {self.pictures.classes}", "give data with the same classes"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from limbeck.diffusion import Denoiser, expand, sample
 from limbeck.sampling.few_step import Pair
+from limbeck.sampling.generator import Generator
 
 
 class TeacherPairs:
@@ -40,7 +41,8 @@ class TeacherPairs:
 def solver_step(teacher: Denoiser, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, order: int = 1) -> Tensor:
     """The teacher's state at times `s` `(B,)` from its state `x` at `t`: DDIM (order 1), or with the mean of both ends' predictions (2).
 
-    The second order is Heun's rule along sigma/alpha, in which the path of a constant prediction is straight.
+    The second order is Heun's rule along sigma/alpha, in which the path of a constant prediction is straight; where alpha is below 0.01,
+    at the very end, that ratio is no coordinate any more and the step stays of first order.
     """
     process = teacher.process
     x0, noise = teacher.parts(x, t, labels)
@@ -53,3 +55,14 @@ def solver_step(teacher: Denoiser, x: Tensor, t: Tensor, s: Tensor, labels: Tens
     a_t, a_s, s_t, s_s = (expand(v, x) for v in (process.alpha(t), process.alpha(s), process.sigma(t), process.sigma(s)))
     second = a_s / a_t.clamp_min(1e-3) * (x - s_t * mean) + s_s * mean
     return torch.where(a_t > 1e-2, second, near)
+
+
+@torch.no_grad()
+def guidance_error(pair: Pair, generator: Generator, steps: int, count: int = 256) -> float:
+    """Root mean squared distance between a generator's samples and the guided teacher's, same DDIM steps, same noise."""
+    rng = torch.Generator().manual_seed(pair.seed)
+    noise = torch.randn(count, *pair.pictures.shape, generator=rng).to(pair.device)
+    labels = (torch.arange(count) % pair.classes).to(pair.device)
+    assert pair.teacher is not None
+    few = Generator(pair.teacher, pair.pictures.shape, sampler="ddim", options={"grid": pair.spec.grid})
+    return float((generator.from_noise(noise, labels, steps) - few.from_noise(noise, labels, steps)).square().mean().sqrt())

@@ -48,7 +48,7 @@ class Classification(Task):
 
     @property
     def primary(self) -> str:
-        """"map" for multi-label tasks, else "accuracy"."""
+        """ "map" for multi-label tasks, else "accuracy"."""
         return "map" if self.kind == "multilabel" else "accuracy"
 
     def check_logits(self, logits: Tensor) -> None:

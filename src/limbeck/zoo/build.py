@@ -49,7 +49,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 """Embedded networks by name; those with `denoises = True` read `(x, level, label)` and are no classifiers, see `zoo.denoising`."""
 
-_KINDS = ("zoo", "hf", "timm", "python", "folder")
+_KINDS = ("zoo", "hf", "timm", "diffusers", "python", "folder")
 
 
 def parameters(model: nn.Module) -> int:
@@ -142,8 +142,9 @@ def build(ref: str, *, input_shape: tuple[int, ...] | None = None, classes: int 
 
     Args:
         ref: an embedded name (`listing()`; "zoo:" before it is allowed; "resnet8x4" is resnet with depth 8 and width 4);
-            `hf:<folder or hub id>`; `timm:<name>`; `python:package.module:factory` (looked for in the working folder too); `folder:<path>`
-            or the path itself for what `save_model` wrote.
+            `hf:<folder or hub id>`; `timm:<name>`; `diffusers:<class>` with its `config` (random weights);
+            `python:package.module:factory` (looked for in the working folder too); `folder:<path>` or the path itself for what
+            `save_model` wrote.
         input_shape: of one sample; embedded networks need it, a factory gets it if it has such an argument.
         classes: number of logits, likewise; for a denoiser the number of labels, 0 for none. For `hf:` it must match the model's own,
             unless `new_head: true`.
@@ -178,6 +179,11 @@ def build(ref: str, *, input_shape: tuple[int, ...] | None = None, classes: int 
         model = build_hub(name, classes, **args)
     elif kind == "timm":
         model = _timm(name, args, shape, classes)
+    elif kind == "diffusers":
+        from limbeck.zoo.diffusers_door import DiffusersNetwork
+
+        check_arguments(DiffusersNetwork, {"kind": name, **args}, f"diffusers:{name}")
+        model, known = DiffusersNetwork(name, **args), {}  # its configuration knows shape and classes
     else:
         model = _python(name, args, shape, classes)
     made_from = {**({k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}), **args}

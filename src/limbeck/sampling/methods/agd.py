@@ -16,6 +16,7 @@ from limbeck.errors import UserError
 from limbeck.method import Card, setting
 from limbeck.sampling.few_step import FewStep, Pair
 from limbeck.sampling.generator import Generator
+from limbeck.sampling.trajectories import guidance_error
 from limbeck.zoo.guided import Guided
 
 
@@ -37,7 +38,10 @@ class AGD(FewStep):
         equation="L = |f_a(x,t,c,w) - (f(0) + w (f(c) - f(0)))|^2 on guided trajectories",
         arxiv="2503.07274",
         baseline="fewer-steps",
-        deviations="short DDIM trajectories, kept in memory; adapters on whole stages where a network has no attention",
+        deviations=(
+            "short DDIM trajectories, kept in memory; adapters on whole stages where a network has no attention; scale and level are "
+            "embedded as they are, not times 1000"
+        ),
     )
     needs_classes = True
     sampler = "ddim"
@@ -140,14 +144,3 @@ class AGD(FewStep):
         inside = sum(p.numel() for p in network.inner.parameters())
         new = sum(p.numel() for p in network.parameters()) - inside
         return {"guidance_error": guidance_error(pair, generator, steps), "adapter_share": new / inside}
-
-
-@torch.no_grad()
-def guidance_error(pair: Pair, generator: Generator, steps: int, count: int = 256) -> float:
-    """Root mean squared distance between a generator's samples and the guided teacher's, same DDIM steps, same noise."""
-    rng = torch.Generator().manual_seed(pair.seed)
-    noise = torch.randn(count, *pair.pictures.shape, generator=rng).to(pair.device)
-    labels = (torch.arange(count) % pair.classes).to(pair.device)
-    assert pair.teacher is not None
-    few = Generator(pair.teacher, pair.pictures.shape, sampler="ddim", options={"grid": pair.spec.grid})
-    return float((generator.from_noise(noise, labels, steps) - few.from_noise(noise, labels, steps)).square().mean().sqrt())

@@ -36,7 +36,9 @@ class BOOT(FewStep):
         arxiv="2306.05544",
         baseline="noise-regression",
         certainty="recalled",
-        deviations="values other than delta and the range of times are recalled; the student's output is read as at the noise end at every time",
+        deviations=(
+            "values other than delta and the range of times are recalled; the student's output is read as at the noise end at every time"
+        ),
     )
     data_free = True
     one_step = True

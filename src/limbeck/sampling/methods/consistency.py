@@ -52,7 +52,9 @@ class Consistency(FewStep):
         arxiv="2303.01469",
         baseline="fewer-steps",
         certainty="paper-text",
-        deviations="pseudo-Huber distance of the authors' later work in place of LPIPS; no catalogue entry: the card is written from the paper",
+        deviations=(
+            "pseudo-Huber distance of the authors' later work in place of LPIPS; no catalogue entry: the card is written from the paper"
+        ),
     )
     contract = {"intervals": 8}
 

@@ -56,7 +56,7 @@ class DiversityDistillation(FewStep):
 
     @torch.no_grad()
     def figures(self, generator: Generator) -> dict[str, float]:
-        """`diversity_at_first`: spread over noises of what the first step of base and of student would end in, as a ratio (base / student)."""
+        """`diversity_at_first`: spread over noises of what the first step would end in, base over student."""
         pair = self.pair
         rng = torch.Generator().manual_seed(pair.seed)
         noise = torch.randn(256, *pair.pictures.shape, generator=rng).to(pair.device)

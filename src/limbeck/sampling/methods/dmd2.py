@@ -30,7 +30,7 @@ class DMD2(ScoreMatching):
         equation="grad = (X_F - X_T) / mean|x - X_T|;  + gan softplus(-C(F(x_s)))",
         arxiv="2405.14867",
         baseline="fewer-steps",
-        deviations="the critic reads the very pass that trains the fake score (the code makes two); levels are continuous instead of 1000 steps",
+        deviations="the critic reads the very pass that trains the fake score (the code makes two); levels are continuous",
     )
     contract = {"ratio": 2}
 

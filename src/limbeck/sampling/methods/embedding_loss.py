@@ -38,12 +38,12 @@ class EmbeddingLoss(FewStep):
         equation="L = L_host + weight * MMD(phi_j(x), phi_j(y)),  phi_j random",
         baseline="dmd2",
         certainty="inferred-from-abstract",
-        deviations="kernel, pool of networks and weight are reconstructed",
+        deviations="kernel, pool of networks and weight are reconstructed; no augmentation; one term for all classes together",
     )
     contract = {"host_settings": {"ratio": 1, "gan": 0}}
 
     host: str = setting("dmd2", "id of the method that is helped")
-    host_settings: dict = setting({"gan": 0.0}, "its settings")  # noqa: RUF009
+    host_settings: dict = setting({}, "its settings")  # noqa: RUF009
     weight: float = setting(5.0, "of the term (5 for the standardised Gaussian kernel, measured on 8x8 digits)", at_least=0)
     kernel: str = setting("gaussian", "of the discrepancy", choices=("gaussian", "linear"))
     networks: int = setting(1, "random networks a step", at_least=1)
@@ -60,9 +60,21 @@ class EmbeddingLoss(FewStep):
         super().bind(pair)
         self._host.bind(pair)
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """The host's."""
+        return self._host.state
+
+    @state.setter
+    def state(self, value: dict[str, Any]) -> None:
+        self._host.state = value
+
+    def needs_pictures(self) -> bool:
+        return self._host.needs_pictures()
+
     def setup(self, pair: Pair) -> None:
         self._host.setup(pair)
-        self.parts, self.state = self._host.parts, self._host.state
+        self.parts = self._host.parts
         self._embeddings = RandomEmbeddings(pair.pictures.shape, pair.device)
 
     def optimizers(self, pair: Pair) -> dict[str, torch.optim.Optimizer]:
@@ -72,7 +84,7 @@ class EmbeddingLoss(FewStep):
         return self._host.turns(clock)
 
     def losses(self, turn: str, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        self._host.state, self._host.live = self.state, None
+        self._host.live = None
         terms = self._host.losses(turn, batch, clock)
         if turn != "student":
             return terms
@@ -81,7 +93,7 @@ class EmbeddingLoss(FewStep):
         x, labels = self._host.live
         self.made = x.detach()
         pictures = self.pair.pictures
-        y = pictures.like(labels) if labels is not None else pictures.random(len(x))[0]
+        y = pictures.like(labels) if labels is not None and pictures.classes else pictures.random(len(x))[0]
         distance = gaussian_mmd if self.kernel == "gaussian" else mean_distance
         values = []
         for _ in range(self.networks):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from limbeck.method import Card
 from limbeck.sampling.few_step import FewStep
+from limbeck.sampling.generator import Generator
+from limbeck.sampling.trajectories import guidance_error
 
 
 @dataclass
@@ -26,6 +28,13 @@ class FewerSteps(FewStep):
     data_free = True
     trains = False
     sampler = "ddim"
+
+    def figures(self, generator: Generator) -> dict[str, float]:
+        """`guidance_error` where the teacher is guided: what leaving guidance out costs, at the greatest number of steps."""
+        teacher = self.pair.teacher
+        if teacher is None or not teacher.guidance.acts:
+            return {}
+        return {"guidance_error": guidance_error(self.pair, generator, max(self.pair.spec.steps))}
 
     def sampling(self) -> dict[str, object]:
         return {"grid": self.pair.spec.grid}

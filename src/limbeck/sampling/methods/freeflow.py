@@ -20,8 +20,8 @@ from limbeck.sampling.generator import Generator
 
 @dataclass
 class FreeFlow(FewStep):
-    """F(z, d) is the average velocity from z over a way d towards the data, f(z, d) = z + d F; differentiating the end point by d gives the velocity
-    that it arrives with, which must be the teacher's there (u = -dx/dt).
+    """F(z, d) is the average velocity from z over a way d towards the data, f(z, d) = z + d F; differentiating the end point by d gives
+    the velocity that it arrives with, which must be the teacher's there (u = -dx/dt).
 
     prediction: D = F + d dF/dd - u(f, 1 - d), |F - sg[F - w D]|^2 with w = 1 / (|D|^2 / numel + eps)^k per sample;
     correction: the velocity field of the student's noised samples, learned online, against the teacher's, scaled to the size of D.
@@ -90,6 +90,8 @@ class FreeFlow(FewStep):
             seen, other = self._fake.parts(self._fake.process.diffuse(x, noise, t), t, labels)
             return {"fake": ((other - seen) - (noise - x)).square().mean()}
         first = round(self.share * count)
+        if self.share < 1:  # the turn of the fake needs samples, also of a small batch
+            first = min(first, count - 1)
         terms: dict[str, Tensor] = {}
         size = torch.ones((), device=pair.device)
         if first:

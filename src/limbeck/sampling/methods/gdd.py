@@ -20,8 +20,11 @@ from limbeck.sampling.features import feature_network
 from limbeck.sampling.few_step import FewStep, Pair, frozen
 from limbeck.signals import Reader
 
-SPARED = ("modulate", "norm", "condition", "emb")
-"""Parts of a stage that always stay free: norms, embeddings and what they modulate."""
+SPARED = ("modulate", "norm", "condition", "emb", "shortcut")
+"""Parts of a stage that always stay free: norms, embeddings and what they modulate, the weights of skips."""
+
+ASKING = ("qkv", "to_q", "to_k", "to_v")
+"""Projections of attention, here and in diffusers; free below `freeze` 2."""
 
 
 class Projected(nn.Module):
@@ -52,9 +55,9 @@ class Projected(nn.Module):
 
 @dataclass
 class GDD(FewStep):
-    """No teacher output is imitated: the network at its highest noise level is a generator already, and an adversarial loss on real pictures
-    brings it out. Large weights inside the stages stay as they are (`freeze` 1); norms, embeddings, attention projections, input and
-    output learn.
+    """No teacher output is imitated: the network at its highest noise level is a generator already, and an adversarial loss on real
+    pictures brings it out. Large weights inside the stages stay as they are (`freeze` 1); norms, embeddings, skips, projections of
+    attention (queries, keys, values), input and output learn.
 
     L_G = softplus(-D(x)), L_D = softplus(D(x)) + softplus(-D(real)) + gamma/2 |grad D(real)|^2 every 16 updates with weight 16.
     """
@@ -66,18 +69,19 @@ class GDD(FewStep):
         wing="sampling",
         family="distribution",
         claim="State of the art on CIFAR-10 (FID 1.54) and FFHQ (0.85) with five million training images, most convolutions frozen.",
-        equation="L_G = sum_b softplus(-D_b(G(z)));  gradients only to norms, embeddings, qkv, input and output",
+        equation="L_G = mean softplus(-D(G(z)));  gradients only to norms, embeddings, qkv, input and output",
         arxiv="2405.20750",
         baseline="noise-regression",
-        deviations="features of a classifier of the same data, random projections and pixels instead of VGG and EfficientNet; no adaptive augmentation",
+        deviations="features of a classifier of the same data, random projections and pixels instead of VGG and EfficientNet; one mean"
+        "  over all logits instead of a sum over backbones; no adaptive augmentation",
     )
     one_step = True
 
     freeze: int = setting(
         1, "0: everything learns; 1: large weights of the stages are frozen (paper's GDD-I); 2: qkv too", at_least=0, at_most=2
     )
-    lr_critic: float = setting(1e-4, "learning rate of the heads (paper: 1e-4 on CIFAR-10)", above=0)
-    gamma: float = setting(0.1, "of the gradient penalty (paper: 1e-4 at 32 pixels; 0.1 measured on 8x8 digits)", at_least=0)
+    lr_critic: float = setting(1e-3, "learning rate of the heads (measured on 8x8 digits; paper: 1e-4 on CIFAR-10)", above=0)
+    gamma: float = setting(1e-4, "of the gradient penalty (paper: 1e-4); it is of the sum of all logits", at_least=0)
     every: int = setting(16, "critic updates between gradient penalties (paper: 16)", at_least=1)
     imitate: float = setting(0.0, "weight of an instance loss against stored teacher samples, which the paper argues against", at_least=0)
 
@@ -96,7 +100,7 @@ class GDD(FewStep):
         found = []
         for path in stages:
             for name, parameter in network.get_submodule(path).named_parameters():
-                spared = any(word in name for word in SPARED) or (self.freeze < 2 and "qkv" in name) or "shortcut" in name
+                spared = any(word in name for word in (SPARED if self.freeze > 1 else SPARED + ASKING))
                 if parameter.ndim > 1 and not spared:
                     parameter.requires_grad_(False)
                     found.append(f"{path}.{name}")

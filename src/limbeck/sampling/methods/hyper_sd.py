@@ -47,7 +47,8 @@ class HyperSD(FewStep):
         baseline="consistency",
         certainty="recalled",
         deviations=(
-            "whole networks unless `rank` asks for adapters; score distillation for one step is a run of its own (student.train); rewards are "
+            "whole networks unless `rank` asks for adapters; score distillation for one step is a run of its own (student.train); "
+            "rewards are "
             "given by name instead of the paper's preference models"
         ),
     )
@@ -107,8 +108,11 @@ class HyperSD(FewStep):
         teacher, process, k = pair.teacher, pair.student.process, self.stage(clock)
         assert teacher is not None
         if turn == "critic":
-            made, aim, end, labels = self._jumped
-            return {"critic": critic_loss(self._say(aim, end, labels), self._say(made, end, labels), "hinge")}
+            seen, aim, end, labels = self._jumped
+            with torch.no_grad():
+                real = teacher.features(aim, end, labels)[0]
+            heads = self.parts["heads"]
+            return {"critic": critic_loss(heads(real, labels), heads(seen, labels), "hinge")}
         # grid index 0 is noise, grid_steps is data: a segment of length `long` ends at its data side
         place = torch.randint(self.grid_steps, (len(x0),), device=x0.device)
         long = self.grid_steps // k
@@ -118,16 +122,19 @@ class HyperSD(FewStep):
         stop = place + 1 + (torch.rand(len(x0), device=x0.device) * (room + 1)).floor().clamp(max=room).long()
         end = self._grid[stop]
         x = process.diffuse(x0, torch.randn_like(x0), t)
-        made = self.jump(pair.student, x, t, end, labels)
+        clean, noise = pair.student.parts(x, t, labels)
+        self.show(clean, labels)
+        made = ddim_step(process, clean, noise, end)
         with torch.no_grad():
             near = solver_step(teacher, x, t, r, labels, self.order)
             aim = torch.where((stop == place + 1).reshape(-1, *(1,) * (x.ndim - 1)), near, self.jump(self._target, near, r, end, labels))
-        self.show(pair.student.x0(x, t, labels) if self._reward is not None else made, labels)
         terms = {"segments": F.mse_loss(made, aim)}
         if self.adversarial:
             with frozen(self.parts["heads"]):
-                terms["adversarial"] = self.adversarial / k * fooling_loss(self._say(made, end, labels), "hinge")
-            self._jumped = (made.detach(), aim, end, labels)
+                seen = teacher.features(made, end, labels)[0]
+                terms["adversarial"] = self.adversarial / k * fooling_loss(self.parts["heads"](seen, labels), "hinge")
+            # the critic's turn looks at the same pictures: the teacher's features of them are computed once a step
+            self._jumped = ([feature.detach() for feature in seen], aim, end, labels)
         if self._reward is not None and clock.progress > 0.75:
             terms["reward"] = self.reward_weight * F.relu(self.margin - self._reward(self._late(len(x0)))).mean()
         return terms
@@ -143,10 +150,6 @@ class HyperSD(FewStep):
             for number in range(walked):
                 x = self.jump(pair.student, x, times[number].expand(count), times[number + 1].expand(count), labels)
         return pair.student.x0(x, times[walked].expand(count), labels)
-
-    def _say(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        assert self.pair.teacher is not None
-        return self.parts["heads"](self.pair.teacher.features(x, t, labels)[0], labels)
 
     def after_step(self, clock: Clock) -> None:
         with torch.no_grad():

@@ -51,7 +51,8 @@ class PSO(FewStep):
         equation="L = -log sigmoid(beta (s_0 log rho_0 + s_1 log rho_1)),  rho = clip(p/p_ref, 1-e, 1+e)",
         arxiv="2410.03190",
         baseline="",
-        deviations="online form; pairs are drawn anew in every step instead of once an epoch; the offline form needs target pictures and is not here",
+        deviations="online form; pairs are drawn anew in every step instead of once an epoch, and"
+        " the sampler's steps are trained together; the offline form needs target pictures and is not here",
     )
     data_free = True
     needs_teacher = False

@@ -39,7 +39,9 @@ class RFPlusPlus(FewStep):
         equation="L = (1 - t) huber(v(x_t, t) - (z - x)) + P(x0hat, x)/t,  p(t) ~ e^{at} + e^{a(1-t)}",
         arxiv="2405.20320",
         baseline="noise-regression",
-        deviations="the perceptual distance is taken in the teacher's own features, because LPIPS needs weights from the network; off by default",
+        deviations=(
+            "the perceptual distance is taken in the teacher's own features, because LPIPS needs weights from the network; off by default"
+        ),
     )
     sampler = "euler"
     data_free = True

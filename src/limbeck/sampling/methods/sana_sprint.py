@@ -22,7 +22,8 @@ from limbeck.zoo.denoising import Condition, zeroed
 
 
 class LogVariance(nn.Module):
-    """How uncertain the loss is at a time, learned: `(B,)` from t `(B,)` in [0, pi/2] (Karras et al. 2024, arXiv:2312.02696); 0 at first."""
+    """How uncertain the loss is at a time, learned: `(B,)` from t `(B,)` in [0, pi/2] (Karras et al. 2024,
+    arXiv:2312.02696); 0 at first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +36,8 @@ class LogVariance(nn.Module):
 
 @dataclass
 class SanaSprint(FewStep):
-    """Any network is read as x = cos(t) x0 + sin(t) z with dx/dt = F, an exact change of input, time and output, so that nothing is trained again.
+    """Any network is read as x = cos(t) x0 + sin(t) z with dx/dt = F, an exact change of input, time and output, so that nothing is trained
+    again.
 
     g = -cos^2 (F- - V) - r (cos sin x + J), J = cos sin dF/dt along the teacher's path V, r warming up; g <- g / (|g| + c);
     L = mean e^(-l) (F - F- - g)^2 / tan t + l with a learned log-variance l(t); + `adversarial` * (-D(x0hat re-noised)), hinge heads on
@@ -53,7 +55,8 @@ class SanaSprint(FewStep):
         arxiv="2503.09641",
         baseline="consistency",
         deviations=(
-            "numbers in units of sigma_data (1 here, as pictures are in [-1, 1]); guidance is the recipe's one scale and not embedded; heads "
+            "numbers in units of sigma_data (1 here, as pictures are in [-1, 1]); guidance is the recipe's one scale and not "
+            "embedded; heads "
             "without the reference's long convolutions"
         ),
     )

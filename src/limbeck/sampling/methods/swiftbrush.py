@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from limbeck.data.batch import Batch
 from limbeck.diffusion import Denoiser, expand
 from limbeck.engine.clock import Clock
+from limbeck.engine.schedule import make_optimizer
+from limbeck.errors import UserError
 from limbeck.losses import field_loss
 from limbeck.method import Card, setting
 from limbeck.sampling.few_step import Pair
@@ -22,7 +25,8 @@ class SwiftBrush(ScoreMatching):
 
     g = sigma_t^2 (eps_T - eps_F) with the same guidance on both, L = 0.5 mean (x - sg[x - g])^2. Who follows the generator is the teacher
     with low-rank adapters, trained by alpha_t^2 |eps_F - n|^2; `follower="none"` puts the injected noise in its place (score distillation
-    sampling, Poole et al. 2022).
+    sampling, Poole et al. 2022). alpha_t and sigma_t are those of the variance-preserving form of the process, cos and sin of its angle,
+    so that a noise level weighs the same in every process.
     """
 
     card = Card(
@@ -52,11 +56,25 @@ class SwiftBrush(ScoreMatching):
         if self.follower == "lora":
             from limbeck.sampling.adapters import add_lora
 
-            made = made.with_network(add_lora(made.network, self.rank, self.rank * 108 / 64).to(pair.device))
+            ends = {path.rpartition(".")[2] for path, _ in made.network.named_modules()}
+            targets = ("to_q", "to_v") if {"to_q", "to_v"} <= ends else None
+            made = made.with_network(add_lora(made.network, self.rank, self.rank * 108 / 64, targets).to(pair.device))
+        if self.follower == "none":
+            made.network.requires_grad_(False)
         return made
 
-    def turns(self, clock: Clock) -> tuple[str, ...]:
-        return ("student",) if self.follower == "none" else ("student", "fake")
+    def setup(self, pair: Pair) -> None:
+        if self.gan > 0:
+            raise UserError("swiftbrush looks at no pictures and has no critic", "set method.gan=0, or use dmd2")
+        super().setup(pair)
+
+    def optimizers(self, pair: Pair) -> dict[str, torch.optim.Optimizer]:
+        if self.follower != "none":
+            return super().optimizers(pair)
+        return {"student": make_optimizer(pair.training, [p for p in pair.student.network.parameters() if p.requires_grad])}
+
+    def turns(self, clock: Clock) -> Sequence[str]:
+        return ("student",) if self.follower == "none" else super().turns(clock)
 
     def generator_losses(self, x: Tensor, t: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         teacher = self.pair.teacher
@@ -69,7 +87,7 @@ class SwiftBrush(ScoreMatching):
             else:
                 guidance = teacher.guidance
                 other = self.fake.guided(guidance.scale, guidance.low, guidance.high).noise(state, level, labels)
-            sigma = expand(teacher.process.sigma(level), x)
+            sigma = expand(teacher.process.angle(level).sin(), x)
             step = torch.nan_to_num(sigma**2 * (teacher.noise(state, level, labels) - other))
         return {"score": field_loss(x, step)}
 
@@ -78,4 +96,4 @@ class SwiftBrush(ScoreMatching):
         if labels is not None and float(torch.rand(())) < self.null:
             labels = torch.full_like(labels, self.pair.classes)
         error = self.fake.noise(process.diffuse(x, noise, level), level, labels) - noise
-        return {"fake": (expand(process.alpha(level), x) * error).square().mean()}
+        return {"fake": (expand(process.angle(level).cos(), x) * error).square().mean()}

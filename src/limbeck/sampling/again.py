@@ -1,0 +1,87 @@
+"""A generator that was saved, measured again by the recipe of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck import models
+from limbeck import recipe as schema
+from limbeck.engine.session import Session, choose_device
+from limbeck.errors import UserError
+from limbeck.sampling.features import Features, feature_network
+from limbeck.sampling.generator import load_generator
+from limbeck.sampling.job import PRIMARY, check_recipe
+from limbeck.sampling.judge import MOST, Judge
+from limbeck.sampling.pictures import Pictures
+
+
+def measure_again(path: str | Path, changes: Sequence[str] = (), inception: str | Path | None = None) -> dict[str, Any]:
+    """Draw the pictures of a generator anew and measure them against the real ones.
+
+    Args:
+        path: a run's folder, or the `generator/` inside it.
+        changes: `generate.key=value`, `data.key=value` and the like.
+        inception: torch-fidelity's Inception weights, to measure the FID too.
+
+    Returns:
+        `path`, `figures` by number of steps, `floor`, `recorded` (those of the run's summary), `calls` by number of steps; with `inception`
+        also `inception_fid` by number of steps.
+
+    Raises:
+        UserError: the generator does not lie in a run's folder, which says with which data and classifier it is measured.
+    """
+    import torch
+
+    from limbeck.run import summary_of
+
+    path = Path(path).expanduser()
+    generator = load_generator(path)
+    run = path if (path / "recipe.yaml").is_file() else path.parent
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(
+            f"{path} lies in no run's folder, so the data to measure it with is unknown", "give the folder that `limbeck run` wrote"
+        )
+    for change in changes:
+        if not change.startswith(("generate.", "data", "evaluation", "device", "threads", "seed")):
+            raise UserError(f"--set {change} changes nothing here", "only generate, data, evaluation, seed, device and threads can be set")
+    text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = schema.resolve(schema.parse_yaml(text, str(run / "recipe.yaml")), str(run / "recipe.yaml"), list(changes))
+    if recipe.data.source.startswith("object:"):
+        raise UserError("the run's data was a Python object, which no file keeps", "name other data: --set data.source=...")
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    spec = check_recipe(recipe)
+    session = Session(device=choose_device(recipe.device))
+    pictures = Pictures(models.open_recipe_data(recipe.data), spec.jitter, session.device)
+    if pictures.shape != generator.shape:
+        raise UserError(f"the generator draws {generator.shape}, and the data has {pictures.shape}", "give data of the same shape")
+    generator.denoiser.network.to(session.device)
+    if generator.base is not None:
+        generator.base.network.to(session.device)
+    judge = Judge(
+        pictures,
+        Features(feature_network(spec.features, pictures, session), session.device),
+        spec.samples,
+        recipe.seed,
+        recipe.evaluation.final,
+    )
+    rows = [judge.measure(generator, steps, "student", "student") for steps in spec.steps]
+    recorded = summary_of(run)["metrics"]["student"] if (run / "summary.json").is_file() else {}
+    more: dict[str, Any] = {}
+    if inception is not None:
+        from limbeck.evaluation.inception import inception_fid
+
+        held = pictures.data.valid if recipe.evaluation.final == "valid" and pictures.data.valid is not None else pictures.data.test
+        real = torch.cat([x for x, _ in pictures.whole(held, MOST)])
+        drawn = {steps: generator.sample(spec.samples, steps, recipe.seed) for steps in spec.steps}
+        more["inception_fid"] = {str(steps): inception_fid(x, real.cpu(), inception) for steps, x in drawn.items()}
+    return {
+        **more,
+        "path": str(path),
+        "figures": {str(row.steps): row.figures for row in rows},
+        "calls": {str(row.steps): row.calls for row in rows},
+        "floor": judge.floor().figures,
+        "recorded": {str(row.steps): recorded.get(PRIMARY if n == 0 else f"{PRIMARY}@{row.steps}") for n, row in enumerate(rows)},
+    }
