@@ -150,7 +150,7 @@ def test_student_distilled_before_by_another_method(tmp_path):
     assert opened.base is not None and torch.equal(opened.sample(4, 2, 1), one.generator.sample(4, 2, 1))
 
 
-def test_compare_and_interrupt(tmp_path):
+def test_compare(tmp_path):
     """`limbeck compare` ranks generators by distance, lower is better."""
     recipe = changed(generate={"steps": [1]})
     found = limbeck.compare(recipe, ["fewer-steps", "noise-regression@pairs=32;teacher_steps=2"], 1, out=tmp_path / "c")
@@ -281,3 +281,41 @@ def test_inception_is_asked_for_by_name(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace(calculate_metrics=calculate_metrics))
     found = measure_again(run.folder, [], tmp_path / "weights.pth")
     assert found["inception_fid"] == {"1": 7.0, "2": 7.0} and seen == {"input1": 100, "input2": 450}
+
+
+def test_a_compiled_generator_draws_the_same(run):
+    """Compiling changes the call, not the pictures (traced by dynamo; the slow test below also generates code)."""
+    plain = run.generator.sample(5, 2, seed=1)
+    opened = limbeck.load_generator(run.folder)
+    assert torch.allclose(opened.compile(backend="eager").sample(5, 2, seed=1), plain, atol=1e-6)
+    with pytest.raises(UserError, match=r"torch.compile failed"):
+        limbeck.load_generator(run.folder).compile(backend="no-such-backend")
+
+
+@pytest.mark.slow
+def test_the_student_is_trained_compiled(tmp_path):
+    """`generate.compile` trains and measures through torch.compile; the result is near the plain one."""
+    plain = limbeck.run_recipe(SMALL, out=tmp_path / "plain")
+    fast = limbeck.run_recipe(changed(generate={"compile": True}), out=tmp_path / "fast")
+    assert torch.allclose(plain.generator.sample(4, 1), fast.generator.sample(4, 1), atol=1e-2)
+
+
+def test_latents_are_left_as_they_are(tmp_path):
+    """With generate.latents samples of any range are taken, and generated ones are not clipped."""
+    x, y = 4 * torch.randn(120, 4, 8, 8), torch.arange(120) % 3
+    raw = changed(
+        data={"train": None}, generate={"latents": True, "steps": [1]}, method={"id": "noise-regression", "pairs": 32, "teacher_steps": 2}
+    )
+    made = limbeck.run_recipe(raw, out=tmp_path / "run", data={"train": (x, y), "test": (x[:40], y[:40])})
+    drawn = made.generator.sample(20)
+    assert drawn.shape == (20, 4, 8, 8) and float(drawn.abs().max()) > 1
+    assert torch.equal(limbeck.load_generator(tmp_path / "run").sample(20), drawn)
+    assert "neither 1 nor 3 channels" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_failed_start_leaves_the_folder_free(tmp_path):
+    """A mistake found after the folder was made leaves nothing behind, trackers included, so that the mended command can use it."""
+    raw = changed(teacher=MLP, trackers=["tensorboard"])
+    with pytest.raises(UserError):
+        limbeck.run_recipe(raw, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

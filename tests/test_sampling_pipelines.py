@@ -557,3 +557,13 @@ def test_errors_of_prompts(tmp_path):
     text = text_pipeline(tmp_path / "text")
     (text / "text_encoder").rename(text / "gone")
     refused("names the text encoder text_encoder", text, prompts=["a"])
+
+
+def test_a_component_cannot_lie_outside_the_folder(tmp_path):
+    """A hostile index does not make save_pipeline write elsewhere."""
+    from limbeck.sampling.pipelines import _copied
+
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "like").mkdir()
+    with pytest.raises(UserError, match="outside its folder"):
+        _copied(tmp_path / "like", tmp_path / "a" / "out", {"../evil": ["diffusers", "X"]}, "unet")

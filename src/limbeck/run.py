@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -214,6 +215,7 @@ def _leave_nothing(folder: Path, existed: bool) -> None:
     """Take back what a run wrote that failed before its first checkpoint."""
     for name in ("recipe.yaml", "log.jsonl", ".lock"):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "trackers", ignore_errors=True)
     if not existed and not any(folder.iterdir()):
         folder.rmdir()
 

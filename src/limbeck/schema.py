@@ -241,9 +241,11 @@ class Generate(Strict):
     it is told the noise level (position, log, time). `guidance`: scale with which the teacher is guided when it is learned from and
     measured (1: not at all), within `interval` of sigma/alpha. `label_dropout`: share of labels hidden while a teacher is trained, so
     that it can be guided.
-    `jitter`: noise added to training pictures in [-1, 1] (digits have 17 grey values only). `steps`: numbers of steps at which the
-    student is measured; the first one is what the summary's figures are of. `teacher_steps`: at which the teacher is measured, the last
-    one being what it can do at best, with `teacher_sampler` on `grid`. `sampler`: replaces the method's own sampler for the student.
+    `jitter`: noise added to training pictures in [-1, 1] (digits have 17 grey values only). `latents`: the samples are no pictures but
+    latents, as the teacher's autoencoder gives them times its scaling factor, and are left as they are. `steps`: numbers of steps at
+    which the student is measured; the first one is what the summary's figures are of. `teacher_steps`: at which the teacher is measured,
+    the last one being what it can do at best, with `teacher_sampler` on `grid`. `sampler`: replaces the method's own sampler for the
+    student.
     `samples`: pictures of each measurement. `compile`: run the student through torch.compile while it is trained and measured.
     `features`: the classifier in whose features distances are measured; trained once on the training part.
     """
@@ -255,6 +257,7 @@ class Generate(Strict):
     interval: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] | None = None
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     jitter: Annotated[float, Field(ge=0)] = 0.0
+    latents: bool = False
     steps: list[Positive] = Field(default_factory=lambda: [1], min_length=1)
     teacher_steps: list[Positive] = Field(default_factory=lambda: [32], min_length=1)
     teacher_sampler: str = "heun"

@@ -35,17 +35,27 @@ def sample(
     generator = load_generator(path)
     number = None if label is None else _class(label, generator.classes, generator.denoiser.classes)
     pictures = generator.sample(n, steps, seed, number)
-    if pictures.shape[1] not in (1, 3):
-        raise UserError(f"pictures of {pictures.shape[1]} channels cannot be shown", "add --tensors and look at them yourself")
+    shown = pictures.shape[1] in (1, 3)
+    if not shown and (each is not None or not tensors):
+        raise UserError(
+            f"pictures of {pictures.shape[1]} channels cannot be shown", "give --tensors without --each and look at them yourself"
+        )
     columns = max(1, round(n**0.5)) if label is not None or not generator.denoiser.classes else generator.denoiser.classes
     rows = -(-n // columns)
-    page = sheet((pictures + 1) / 2, torch.arange(n) // columns, rows, most=columns)
     folder = path if (path / NOTE).is_file() else path / "generator"
     target = out or folder / f"samples-{steps}-{seed}.png"
     if not target.parent.is_dir():
         raise UserError(f"there is no folder {target.parent}", "make it, or name another file with --out")
-    target.write_bytes(png(page, enlargement(pictures.shape[-1], 32)))
-    said = {"path": str(target), "pictures": n, "steps": steps, "calls": generator.calls(steps), "seed": seed}
+    if shown:
+        page = sheet((pictures + 1) / 2, torch.arange(n) // columns, rows, most=columns)
+        target.write_bytes(png(page, enlargement(pictures.shape[-1], 32)))
+    said = {
+        "path": str(target if shown else target.with_suffix(".safetensors")),
+        "pictures": n,
+        "steps": steps,
+        "calls": generator.calls(steps),
+        "seed": seed,
+    }
     if each is not None:
         write_each(pictures, each)
         said["each"] = str(each)
@@ -56,7 +66,7 @@ def sample(
     if json:
         print(json_module.dumps(said))
         return
-    print(f"{n} pictures in {said['calls']} network call{'s' if said['calls'] > 1 else ''} each: {target}")
+    print(f"{n} pictures in {said['calls']} network call{'s' if said['calls'] > 1 else ''} each: {said['path']}")
     if each is not None:
         print(f"single pictures: {each}")
     if tensors:
@@ -68,7 +78,7 @@ def _class(label: str, names: tuple[str, ...], classes: int) -> int:
 
     if label in names:
         return names.index(label)
-    if label.isdigit() and int(label) < classes:
+    if label.isdecimal() and int(label) < classes:
         return int(label)
     if not classes:
         raise UserError("this generator has no classes to choose from", "leave --class out")

@@ -6,6 +6,7 @@ import importlib
 import tempfile
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from limbeck.errors import UserError
@@ -36,7 +37,7 @@ def inception_fid(generated: Tensor, real: Tensor, weights: str | Path) -> float
         found = fidelity.calculate_metrics(
             input1=str(Path(folder) / "generated"),
             input2=str(Path(folder) / "real"),
-            cuda=generated.device.type == "cuda",
+            cuda=torch.cuda.is_available(),
             fid=True,
             feature_extractor_weights_path=str(weights),
             verbose=False,

@@ -54,7 +54,7 @@ def measure_again(path: str | Path, changes: Sequence[str] = (), inception: str 
         torch.set_num_threads(recipe.threads)
     spec = check_recipe(recipe)
     session = Session(device=choose_device(recipe.device))
-    pictures = Pictures(models.open_recipe_data(recipe.data), spec.jitter, session.device)
+    pictures = Pictures(models.open_recipe_data(recipe.data), spec.jitter, session.device, spec.latents)
     if pictures.shape != generator.shape:
         raise UserError(f"the generator draws {generator.shape}, and the data has {pictures.shape}", "give data of the same shape")
     generator.denoiser.network.to(session.device)
@@ -73,7 +73,8 @@ def measure_again(path: str | Path, changes: Sequence[str] = (), inception: str 
     if inception is not None:
         from limbeck.evaluation.inception import inception_fid
 
-        held = pictures.data.valid if recipe.evaluation.final == "valid" and pictures.data.valid is not None else pictures.data.test
+        held = pictures.data.valid if recipe.evaluation.final == "valid" else pictures.data.test
+        assert held is not None  # the judge has looked
         real = torch.cat([x for x, _ in pictures.whole(held, MOST)])
         drawn = {steps: generator.sample(spec.samples, steps, recipe.seed) for steps in spec.steps}
         more["inception_fid"] = {str(steps): inception_fid(x, real.cpu(), inception) for steps, x in drawn.items()}

@@ -79,6 +79,8 @@ def feature_network(spec: schema.Model, pictures: Pictures, session: Session) ->
         "limbeck": __version__,
         "device": session.device.type,
     }
+    if session.precision != "no":
+        content["precision"] = session.precision
 
     def train(work: Path, key: str) -> nn.Module:
         session.fit(_Lessons(network, pictures, school, school.seed), "features", seed=school.seed, folder=work, digest=key, evaluate=False)

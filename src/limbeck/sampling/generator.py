@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ class Generator(Artifact):
         options: of the sampler; `grid` and `start` (a position in [0, 1]) choose its times.
         base: a many-step model that takes the first part of the way (hybrid sampling); None for none.
         classes: names of the classes.
+        clip: keep pictures in [-1, 1]; False for latents.
     """
 
     def __init__(
@@ -41,11 +41,12 @@ class Generator(Artifact):
         options: dict[str, Any] | None = None,
         base: Denoiser | None = None,
         classes: tuple[str, ...] = (),
+        clip: bool = True,
     ) -> None:
         if sampler not in SAMPLERS:
             raise unknown("sampler", sampler, SAMPLERS)
         self.denoiser, self.shape, self.sampler, self.base = denoiser, tuple(shape), sampler, base
-        self.options, self.classes = dict(options or {}), tuple(classes)
+        self.options, self.classes, self.clip = dict(options or {}), tuple(classes), clip
         denoiser.network.eval()
 
     @property
@@ -82,20 +83,27 @@ class Generator(Artifact):
             return hybrid_sample(self.base, self.denoiser, noise, labels, times, self.sampler, rng, self.options)
         return sample(self.denoiser, noise, labels, sampler=self.sampler, times=times, rng=rng, **own)
 
-    def compile(self) -> Generator:
+    def compile(self, **options: Any) -> Generator:
         """Run its network through torch.compile from now on (the first call of each shape takes long); returns itself.
+
+        Args:
+            options: of torch.compile (`backend`, `mode`).
 
         Raises:
             UserError: torch cannot compile here (no C++ compiler, say).
         """
         try:
-            self.denoiser.network.compile()
-            self.from_noise(torch.zeros(2, *self.shape, device=self.device), self._example(2))
+            self.denoiser.network.compile(**options)
+            self.from_noise(torch.zeros(2, *self.shape, device=self.device), self._example(2), self._fewest())
         except Exception as error:  # whatever a compiler may say
             raise UserError(
                 f"torch.compile failed: {str(error).splitlines()[0][:200]}", "leave compile out, or install a C++ compiler"
             ) from None
         return self
+
+    def _fewest(self) -> int:
+        """The least number of steps that it can make."""
+        return 1 if self.base is None else int(self.options.get("replaced", 1)) + 1
 
     def _example(self, count: int) -> Tensor | None:
         return torch.zeros(count, dtype=torch.long, device=self.device) if self.denoiser.classes else None
@@ -119,7 +127,8 @@ class Generator(Artifact):
             rng = [torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63) for number in range(here.start, here.stop)]
             noise = torch.stack([torch.randn(self.shape, generator=g) for g in rng]).to(self.device)
             own = None if wanted is None else wanted[here].to(self.device)
-            parts.append(self.from_noise(noise, own, steps, rng=rng).clamp(-1, 1).cpu())
+            drawn = self.from_noise(noise, own, steps, rng=rng)
+            parts.append((drawn.clamp(-1, 1) if self.clip else drawn).cpu())
         return torch.cat(parts)
 
     def _labels(self, count: int, labels: Tensor | list[int] | int | None) -> Tensor | None:
@@ -159,14 +168,17 @@ class Generator(Artifact):
         if hasattr(self.denoiser.network, "source"):  # a DiffusersNetwork
             from limbeck.sampling.pipelines import save_pipeline
 
-            with suppress(UserError):  # diffusers has no scheduler for every process; the network is saved in any case
+            try:
                 save_pipeline(self.denoiser, folder / "pipeline", sampler=self.sampler)
+            except UserError as error:  # diffusers has no scheduler for every process; the network is saved in any case
+                storage.write_text(folder / "no-pipeline.txt", f"No pipeline of diffusers could be written: {error.message}\n")
         note: dict[str, Any] = {
             "format": FORMAT,
             "shape": list(self.shape),
             "sampler": self.sampler,
             "options": self.options,
             "classes": list(self.classes),
+            "clip": self.clip,
             "denoiser": self.denoiser.facts(),
         }
         if self.base is not None:
@@ -202,9 +214,10 @@ def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> Ge
             raise UserError(f"{folder / NOTE} says format {note['format']!r}, not {FORMAT!r}", "give a folder that limbeck wrote")
         facts, shape, options = dict(note["denoiser"]), tuple(int(n) for n in note["shape"]), dict(note["options"])
         sampler, classes, base = str(note["sampler"]), tuple(map(str, note["classes"])), note.get("base")
+        clip = bool(note.get("clip", True))
         network = load_model(folder).to(device).eval()
         denoiser = Denoiser.from_facts(network, facts)
         other = None if base is None else Denoiser.from_facts(load_model(folder / "base").to(device).eval(), dict(base))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{folder / NOTE} is not the note of a generator: {error}", "restore or remake the folder") from None
-    return Generator(denoiser, shape, sampler=sampler, options=options, base=other, classes=classes)
+    return Generator(denoiser, shape, sampler=sampler, options=options, base=other, classes=classes, clip=clip)

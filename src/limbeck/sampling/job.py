@@ -44,6 +44,25 @@ def check_recipe(recipe: schema.Recipe) -> schema.Generate:
         raise UserError("training.labelled_share is not for generators", "leave it out")
     if recipe.evaluation.patience:
         raise UserError("evaluation.patience is not for generators: nothing is measured while they train", "leave it out")
+    ignored = {
+        "task": recipe.task != "auto",
+        "label_smoothing": recipe.label_smoothing != 0,
+        "ceiling": recipe.ceiling,
+        "condense": recipe.condense is not None,
+        "data.augment": bool(getattr(recipe.data, "augment", None)),
+        "evaluation.every": recipe.evaluation.every != 0,
+        "evaluation.attack": recipe.evaluation.attack is not None,
+        "teacher.kind": recipe.teacher.kind not in ("auto", "frozen"),
+    }
+    for name, asked in ignored.items():
+        if asked:
+            raise UserError(f"{name} has no meaning for generators", "leave it out")
+    if spec.interval is not None and spec.guidance == 1.0:
+        raise UserError(
+            "generate.interval limits a guidance, and generate.guidance is 1", "set generate.guidance, or leave the interval out"
+        )
+    if spec.interval is not None and spec.interval[0] >= spec.interval[1]:
+        raise UserError(f"generate.interval {list(spec.interval)} is empty", "give [low, high] with low < high")
     for name in (spec.sampler, spec.teacher_sampler):
         if name is not None and name not in SAMPLERS:
             raise unknown("sampler", name, SAMPLERS)
@@ -56,13 +75,17 @@ def open_pair(recipe: schema.Recipe, session: Session, given: Mapping[str, Any])
     data = models.open_recipe_data(recipe.data, given.get("data"))
     method = copy.deepcopy(make_method(recipe.method, given.get("method")))
     session.digest += data.fingerprint
-    pictures = Pictures(data, spec.jitter, session.device)
+    pictures = Pictures(data, spec.jitter, session.device, spec.latents)
     loader = Loader(spec, pictures, session)
     teacher = loader.teacher(recipe.teacher, given.get("teacher"))
     if not method.needs_teacher and teacher is None and recipe.student.model == "teacher":
         raise UserError("the student is to be a copy of the teacher, and there is none", "name a network as student")
     seed_everything(recipe.seed, "student")
     student = loader.student(recipe.student, teacher, given.get("student"))
+    if method.needs_pictures() and recipe.training.batch > len(data.train):
+        session.notes.append(
+            f"training.batch is {recipe.training.batch}, and there are {len(data.train)} training pictures: batches hold those"
+        )
     total = steps_of(recipe.training, pictures)
     return method, Pair(teacher, student, pictures, spec, recipe.training, total, session.device, recipe.seed, session)
 
@@ -76,6 +99,7 @@ def distilled(method: FewStep, pair: Pair, session: Session) -> Generator:
     seed_everything(pair.seed, f"{method.card.id} finish")
     generator = method.finish(program.denoiser())
     generator.classes = pair.pictures.data.classes
+    generator.clip = not pair.spec.latents
     return generator.compile() if pair.spec.compile else generator
 
 
@@ -89,9 +113,11 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
     """
     method, pair = open_pair(recipe, session, given)
     features = Features(feature_network(pair.spec.features, pair.pictures, session), session.device)
+    # before the training, so that data which cannot be measured is told at once
+    judge = Judge(pair.pictures, features, pair.spec.samples, pair.seed, recipe.evaluation.final)
+    session.notes += judge.notes
     generator = distilled(method, pair, session)
     seed_everything(pair.seed, "judge")
-    judge = Judge(pair.pictures, features, pair.spec.samples, pair.seed, recipe.evaluation.final)
     rows = _measure(judge, generator, pair, session, recipe.baseline)
     return _outcome(recipe, method, generator, pair, rows, session)
 
@@ -115,6 +141,8 @@ def _measure(judge: Judge, generator: Generator, pair: Pair, session: Session, b
     if teacher is not None:
         shape = pair.pictures.shape
         few = Generator(teacher, shape, sampler="ddim", options={"grid": spec.grid})
+        if spec.compile:  # both sides of the comparison of speeds
+            few.compile()
         for number, steps in enumerate(spec.steps):
             add(few, steps, "baseline" if number == 0 else f"teacher@{steps}", f"teacher, {_count(steps)}")
         many = Generator(teacher, shape, sampler=spec.teacher_sampler, options={"grid": spec.grid})

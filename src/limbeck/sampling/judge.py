@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.evaluation.generation import quality
+from limbeck.errors import UserError
+from limbeck.evaluation.generation import memorisation, quality
 from limbeck.sampling.features import Features
 from limbeck.sampling.generator import Generator
 from limbeck.sampling.pictures import Pictures
@@ -57,11 +58,23 @@ class Judge:
 
     def __init__(self, pictures: Pictures, features: Features, samples: int, seed: int, final: str = "test") -> None:
         data = pictures.data
-        held = data.valid if final == "valid" and data.valid is not None else data.test
+        held = data.valid if final == "valid" else data.test
+        if held is None:
+            raise UserError(f"evaluation.final is {final}, and {data.name} has no such split", "set data.valid, or evaluation.final=test")
         self.pictures, self.features, self.samples, self.seed = pictures, features, samples, seed
         self.held, self.held_labels = self._read(held)
         self.train, self.train_labels = self._read(data.train)
         self.classes = pictures.classes
+        if samples < self.classes:
+            raise UserError(f"generate.samples is {samples}, and there are {self.classes} classes", "ask for at least one picture a class")
+        self.notes: list[str] = []
+        try:
+            memorisation(self.held, self.train, held_out=self.held)
+        except UserError as error:  # the data's fault, not a generator's: the other figures stand
+            self.known: Tensor | None = None
+            self.notes.append(f"memorisation is not measured: {error.message}")
+        else:
+            self.known = self.train
 
     def _read(self, split: Any) -> tuple[Tensor, Tensor | None]:
         found, labels = [], []
@@ -73,7 +86,9 @@ class Judge:
 
     def floor(self) -> Measured:
         """The training pictures themselves: as near to the held-out ones as a perfect generator of so many samples is."""
-        figures = quality(self.held, self.train, self.held_labels if self.classes else None, seed=self.seed)
+        rng = torch.Generator().manual_seed(self.seed)  # as many as are generated: the distance of a finite sample depends on its size
+        some = self.train[torch.randperm(len(self.train), generator=rng)[: self.samples]]
+        figures = quality(self.held, some, self.held_labels if self.classes else None, seed=self.seed)
         return Measured("floor", FLOOR, 0, 0, figures, float("nan"), None)
 
     def measure(self, generator: Generator, steps: int, key: str, name: str) -> Measured:
@@ -85,7 +100,7 @@ class Judge:
         found, said = self.features(x)
         same = known and known == self.classes
         figures = quality(
-            self.held, found, self.held_labels if self.classes else None, labels if same else None, train=self.train, seed=self.seed
+            self.held, found, self.held_labels if self.classes else None, labels if same else None, train=self.known, seed=self.seed
         )
         if same and labels is not None:
             figures["class_accuracy"] = float((said == labels).float().mean())

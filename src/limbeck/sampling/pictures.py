@@ -13,8 +13,8 @@ from limbeck.data.batches import Batches
 from limbeck.data.split import Split
 from limbeck.errors import UserError
 
-LOOKED_AT = 512
-"""Training samples that are looked at to find the range of the pixels."""
+LOOKED_AT = 4096
+"""Training samples, evenly spread, that are looked at to find the range of the pixels."""
 
 
 class Pictures:
@@ -23,27 +23,29 @@ class Pictures:
     Args:
         data: with `(C, H, W)` samples whose pixels lie in [0, 1] or in [-1, 1].
         jitter: standard deviation of Gaussian noise that is added to training batches.
+        latents: the samples are an autoencoder's latents: any range, left as they are.
         device: where batches go.
 
     Raises:
         UserError: the samples are no pictures, or their pixels lie outside [-1, 1].
     """
 
-    def __init__(self, data: Data, jitter: float = 0.0, device: torch.device | str = "cpu") -> None:
+    def __init__(self, data: Data, jitter: float = 0.0, device: torch.device | str = "cpu", latents: bool = False) -> None:
         if len(data.input_shape) != 3:
             raise UserError(
                 f"the sampling wing makes pictures (C, H, W), and the samples of {data.name} have shape {tuple(data.input_shape)}",
                 "give picture data; `limbeck data` lists the embedded sets",
             )
-        self.data, self.jitter, self.device = data, jitter, torch.device(device)
-        some = data.example(LOOKED_AT).inputs
+        self.data, self.jitter, self.device, self.latents = data, jitter, torch.device(device), latents
+        spread = torch.linspace(0, len(data.train) - 1, min(LOOKED_AT, len(data.train))).long()
+        some = data.train.batch(spread).inputs
         low, high = float(some.min()), float(some.max())
-        if low < -1.001 or high > 1.001:
+        if not latents and (low < -1.001 or high > 1.001):
             raise UserError(
                 f"the pixels of {data.name} lie in [{low:.3g}, {high:.3g}], outside [-1, 1]",
-                "generators work on pictures in [0, 1] or [-1, 1]; leave standardisation out",
+                "generators work on pictures in [0, 1] or [-1, 1]; leave standardisation out, or set generate.latents for latents",
             )
-        self.doubled = low >= 0
+        self.doubled = low >= 0 and not latents
 
     @property
     def shape(self) -> tuple[int, ...]:

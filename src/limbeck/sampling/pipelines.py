@@ -278,6 +278,9 @@ def _read(source: Path) -> dict[str, Any]:
 def _copied(source: Path, folder: Path, index: Mapping[str, Any], part: str) -> bool:
     """Copy every component that is neither the model nor the scheduler; whether all were there."""
     names = [n for n, v in index.items() if isinstance(v, (list, tuple)) and v and v[-1] and n not in (part, "scheduler")]
+    for name in names:
+        if Path(name).name != name or name in (".", ".."):
+            raise UserError(f"{source} names a component {name!r} outside its folder", "restore its model_index.json")
     if any(not (source / name).is_dir() for name in names):
         return False
     for name in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from limbeck import method as registry
 from limbeck.diffusion import Denoiser, make_process
 from limbeck.diffusion.process import PREDICTIONS
 from limbeck.engine.session import Session, seed_everything
-from limbeck.errors import UserError
+from limbeck.errors import UserError, unknown
 from limbeck.sampling.few_step import FewStep, Pair
 from limbeck.sampling.generator import Generator, is_generator, load_generator
 from limbeck.sampling.pictures import Pictures
@@ -66,18 +66,35 @@ class Loader:
         classes = int(getattr(network, "classes", 0))
         return Denoiser(network, process, self.spec.prediction, classes=classes, code=self.spec.code)
 
+    def _agreeing(self, made: Denoiser, name: str) -> Denoiser:
+        """The same network; refuses a recipe that names another process than the one it was saved with."""
+        if self.spec.process != "auto" and make_process(self.spec.process) != made.own:
+            raise UserError(
+                f"{name}: trained under the process {made.own.name!r}, and generate.process names another one",
+                "leave generate.process at auto",
+            )
+        return made
+
     def open(self, spec: schema.Model, name: str) -> Denoiser:
         """A network as a recipe names it, before any training."""
         reference = spec.model.removeprefix("folder:")
-        if is_generator(reference):
+        saved, bridged = is_generator(reference), spec.model.startswith("diffusers:")
+        if (spec.weights and (saved or bridged)) or (spec.args and saved):
+            raise UserError(f"{name}: {spec.model} says itself what it is, with its weights", "leave weights and args out")
+        if saved:
             opened = load_generator(reference, self.session.device)
             if opened.base is not None or {"start", "levels"} & set(opened.options):
-                self.session.notes.append(f"{name}: the generator in {reference} has a sampling of its own, of which only the network is taken")
-            return opened.denoiser
-        if spec.model.startswith("diffusers:"):
+                self.session.notes.append(f"{name}: the generator in {reference} has a sampling of its own; only its network is taken")
+            return self._agreeing(opened.denoiser, name)
+        if bridged:
             from limbeck.sampling.pipelines import open_pipeline
 
-            return open_pipeline(spec.model.removeprefix("diffusers:"), device=self.session.device, **spec.args)
+            takes = ("prompts", "subfolder", "scheduler", "null")
+            for key in spec.args:
+                if key not in takes:
+                    raise unknown(f"argument of {spec.model}", key, takes)
+            made = open_pipeline(spec.model.removeprefix("diffusers:"), device=self.session.device, **spec.args)
+            return self._agreeing(made, name)
         network = models.build(spec, self.pictures.data, spec.train.seed if spec.train else 0, name)
         return self._wrap(network, name)
 
@@ -101,7 +118,7 @@ class Loader:
             made, trained = self.open(model, name), model.train is not None
             if model.train is not None:
                 made = self.schooled(made, model, name, None)
-        made.network.to(self.session.device)
+        made.network.to(self.session.device).eval()  # before it is looked at: a pass in training mode would move a batch norm's averages
         self.check(made, "teacher")
         if not trained:
             probe(made, self.pictures)
@@ -113,9 +130,13 @@ class Loader:
     def student(self, spec: schema.Model, teacher: Denoiser | None, given: Any = None) -> Denoiser:
         """The student as it is before its distillation; distilled before by another method where the recipe's `student.train` says so."""
         if given is not None:
-            made = given if isinstance(given, Denoiser) else self._wrap(given, "student")
+            made = (
+                given if isinstance(given, Denoiser) else given.denoiser if isinstance(given, Generator) else self._wrap(given, "student")
+            )
             made = made.with_network(copy.deepcopy(made.network))
         elif spec.model == SAME:
+            if spec.args or spec.weights:
+                raise UserError("a student that is a copy of the teacher takes no args and no weights", "leave them out, or name a network")
             if teacher is None:
                 raise UserError("the student is to be a copy of the teacher, and there is none", "name a network as student")
             made = teacher.with_network(copy.deepcopy(teacher.network))
@@ -150,6 +171,8 @@ class Loader:
         x = torch.zeros(2, *shape, device=self.session.device)
         t = torch.full((2,), float(made.process.at(torch.tensor(0.5))), device=self.session.device)
         label = torch.zeros(2, dtype=torch.long, device=self.session.device) if made.classes else None
+        training = made.network.training
+        made.network.eval()
         try:
             with torch.no_grad():
                 out = made.raw(x, t, label)
@@ -160,6 +183,8 @@ class Loader:
                 f"{name}: the network cannot read pictures of shape {shape}: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
                 "a denoising network is called as network(x, level, label)",
             ) from None
+        finally:
+            made.network.train(training)
         if out.shape != x.shape:
             raise UserError(f"{name}: gives {tuple(out.shape[1:])} for pictures {shape}", "a denoising network gives what it is given")
 
@@ -184,6 +209,10 @@ class Loader:
             "limbeck": __version__,
             "device": self.session.device.type,
         }
+        if self.session.precision != "no":
+            content["precision"] = self.session.precision
+        if self.spec.compile:
+            content["compile"] = True
         if teacher is not None:
             content["teacher"] = {"weights": storage.tensors_fingerprint(teacher.network.state_dict()), **teacher.facts()}
             content["spec"] = self.spec.model_dump(exclude={"samples", "features", "teacher_steps", "teacher_sampler"})
@@ -257,11 +286,6 @@ def replace_view(made: Denoiser) -> Denoiser:
     """The network unguided and in its own process."""
     plain = made.with_network(made.network)
     return plain.under(made.own)
-
-
-def with_total(pair: Pair, total: int) -> Pair:
-    """The same pair for another number of steps."""
-    return replace(pair, total=total)
 
 
 def describe(made: Mapping[str, Any]) -> str:
