@@ -84,11 +84,11 @@ def test_summary_table_and_report(run):
         "real pictures",
         "teacher, 1 step",
         "teacher, 2 steps",
-        "teacher, 3 steps of heun",
+        "teacher, 3 heun",
         "distilled, 1 step",
         "distilled, 2 steps",
     ]
-    assert [row["cells"][1] for row in summary["table"]["rows"]] == ["–", "1", "2", "5", "1", "2"]
+    assert [row["cells"][0] for row in summary["table"]["rows"]] == ["–", "1", "2", "5", "1", "2"]
     page = (run.folder / "report.html").read_text()
     assert page.count("data:image/png") >= 5 and "Quality over network calls" in page
     assert summary["floor"]["feature_distance"] < student["feature_distance"]

@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 
-from limbeck.diffusion import Denoiser, make_process, sample
-from limbeck.diffusion.process import EDM, Discrete, Flow
+from limbeck.diffusion import EDM, Denoiser, Discrete, Flow, make_process, sample
 from limbeck.errors import UserError
 from limbeck.sampling.adapters import add_lora, has_lora, merge_lora, without_lora
 from limbeck.sampling.generator import Generator, load_generator

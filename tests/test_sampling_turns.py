@@ -258,3 +258,56 @@ def test_pair_draws_depend_on_nothing_else():
     torch.manual_seed(1)
     again = pair.noise(3), pair.labels(3)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def test_the_target_of_consistency_is_a_moving_average():
+    pair = pair_of()
+    method = opened(Consistency(intervals=6, target=0.9), pair)
+    before = [p.clone() for p in method.parts["target"].parameters()]
+    for p in pair.student.network.parameters():
+        p.data += 1.0
+    method.after_step(CLOCK)
+    for old, new, own in zip(before, method.parts["target"].parameters(), pair.student.network.parameters()):
+        assert torch.allclose(new, 0.9 * old + 0.1 * own, atol=1e-6)
+
+
+def test_freeflow_weighs_large_gaps_less():
+    """The term is |w D|^2 with w = (|D|^2 / numel + eps)^-k: with k = 1 large gaps count little, with k = 0 the term is |D|^2."""
+    values = {}
+    for power in (0.0, 1.0):
+        pair = pair_of()
+        method = opened(FreeFlow(share=1.0, power=power, eps=1e-3), pair)
+        torch.manual_seed(6)
+        values[power] = float(method.losses("student", None, CLOCK)["prediction"])
+    pair = pair_of()
+    method = opened(FreeFlow(share=1.0), pair)
+    torch.manual_seed(6)
+    noise, labels = pair.noise(8), pair.labels(8)
+    way = torch.rand(8)
+    made = method.average(noise, way, labels)
+    reached = noise + expand(way, noise) * made
+    gap = made + expand(way, noise) * method.slope(noise, way, labels) + pair.teacher.velocity(reached, 1 - way, labels)
+    size = gap.square().flatten(1).mean(1)
+    assert values[0.0] == pytest.approx(float(size.mean()), rel=1e-4)
+    assert values[1.0] == pytest.approx(float((size / (size + 1e-3) ** 2).mean()), rel=1e-4)
+
+
+def test_sana_weighs_by_the_cotangent_and_the_learned_variance(monkeypatch):
+    """mean e^-l |F - F- - g|^2 / tan t + l: the value of the error is |g|^2, since F and F- are equal."""
+    pair = pair_of()
+    method = opened(SanaSprint(warmup=1, adversarial=0.0), pair)
+    t = torch.tensor([0.3, 0.5, 0.8, 1.1, 1.3, 0.4, 0.9, 1.2])
+    monkeypatch.setattr(method, "_times", lambda count, mean, spread: t)
+    nn.init.constant_(method.parts["variance"].out.bias, 0.7)
+    batch = batch_of(pair)
+    torch.manual_seed(8)
+    got = float(method.losses("student", batch, CLOCK)["consistency"])
+    torch.manual_seed(8)
+    noise = torch.randn_like(batch.inputs)
+    cos, sin = expand(t.cos(), noise), expand(t.sin(), noise)
+    x = cos * batch.inputs + sin * noise
+    own, path = method.output(x, t, batch.labels), method.output(x, t, batch.labels, method._teacher)
+    g = -(cos**2) * (own - path) - (cos * sin * x + method.tangent(x, t, path, batch.labels))
+    g = g / (g.flatten(1).norm(dim=1)[:, None, None, None] + 0.1)
+    want = (torch.exp(torch.tensor(-0.7)) * g.square().flatten(1).mean(1) / t.tan() + 0.7).mean()
+    assert got == pytest.approx(float(want), rel=1e-4)

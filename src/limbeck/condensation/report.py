@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from limbeck.condensation.graphset import GraphSet
 from limbeck.condensation.sheet import MOST, sheet_png
 from limbeck.report import charts, figures
+from limbeck.report.card import provenance
 from limbeck.report.page import Section
 from limbeck.report.sheets import data_url
 from limbeck.report.tables import human, percent
@@ -218,7 +219,7 @@ def card(summary: Mapping[str, Any]) -> str:
         "",
         *(GRAPH_CARD if "graphs" in summary else CARD),
         "",
-        f"Seed {summary['seed']}. Made with {', '.join(f'{k} {v}' for k, v in summary.get('versions', {}).items())}.",
+        provenance(summary),
         "",
     ]
     return "\n".join(lines)

@@ -2,7 +2,8 @@
 
 from limbeck.diffusion.denoiser import Denoiser, Guidance
 from limbeck.diffusion.exact import Mixture, exact_denoiser
-from limbeck.diffusion.process import EDM, PREDICTIONS, Cosine, Discrete, Flow, Process, Trig, expand, make_process
+from limbeck.diffusion.process import PREDICTIONS, Process, expand
+from limbeck.diffusion.processes import EDM, Cosine, Discrete, Flow, Trig, make_process
 from limbeck.diffusion.samplers import SAMPLERS, evaluations, sample
 
 __all__ = [

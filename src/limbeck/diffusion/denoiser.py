@@ -121,7 +121,7 @@ class Denoiser:
     @staticmethod
     def from_facts(network: nn.Module, facts: dict[str, Any]) -> Denoiser:
         """A denoiser from a network and what `facts` gave."""
-        from limbeck.diffusion.process import make_process
+        from limbeck.diffusion.processes import make_process
 
         own = dict(facts)
         scale, low, high = own.pop("guidance", (1.0, 0.0, None))

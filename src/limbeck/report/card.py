@@ -30,6 +30,12 @@ def _evidence(method: str) -> list[str]:
     return [f"Evidence for `{method}` ({found.status}): {figures}. {found.claim_tested}", ""]
 
 
+def provenance(summary: Mapping[str, Any]) -> str:
+    """The last line of every card: seed and versions."""
+    made = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
+    return f"Seed {summary['seed']}. Made with {made}."
+
+
 def model_card(summary: Mapping[str, Any], teacher: str = "") -> str:
     """Markdown for the README of a saved student: what it was distilled from, by which method, and what was measured.
 
@@ -54,6 +60,5 @@ def model_card(summary: Mapping[str, Any], teacher: str = "") -> str:
     if "agreement" in summary:
         lines += [f"Agreement with the teacher: {summary['agreement']['top1']:.1%} of the predictions.", ""]
     lines += _evidence(summary["method"])
-    made = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
-    lines += [f"Seed {summary['seed']}. Made with {made}.", ""]
+    lines += [provenance(summary), ""]
     return "\n".join(lines)

@@ -71,7 +71,7 @@ def measure_again(path: str | Path, changes: Sequence[str] = (), inception: str 
     recorded = summary_of(run)["metrics"]["student"] if (run / "summary.json").is_file() else {}
     more: dict[str, Any] = {}
     if inception is not None:
-        from limbeck.evaluation.inception import inception_fid
+        from limbeck.sampling.inception import inception_fid
 
         held = pictures.data.valid if recipe.evaluation.final == "valid" else pictures.data.test
         assert held is not None  # the judge has looked

@@ -148,7 +148,7 @@ def _measure(judge: Judge, generator: Generator, pair: Pair, session: Session, b
         many = Generator(teacher, shape, sampler=spec.teacher_sampler, options={"grid": spec.grid})
         for steps in spec.teacher_steps:
             key = "teacher" if steps == spec.teacher_steps[-1] else f"teacher {steps} {spec.teacher_sampler}"
-            add(many, steps, key, f"teacher, {_count(steps)} of {spec.teacher_sampler}")
+            add(many, steps, key, f"teacher, {steps} {spec.teacher_sampler}")
     for number, steps in enumerate(spec.steps):
         add(generator, steps, "student" if number == 0 else f"student@{steps}", f"distilled, {_count(steps)}")
     for callback in session.callbacks:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from limbeck.report import charts, figures
+from limbeck.report.card import provenance
 from limbeck.report.page import Section
 from limbeck.report.sheets import data_url, enlargement, png, sheet
 from limbeck.report.tables import ABSENT, milliseconds, percent
@@ -28,12 +29,11 @@ def _number(value: float | None) -> str:
 
 def table(rows: Sequence[Measured]) -> dict[str, Any]:
     """Head and rows of the result, for terminal, page and card."""
-    head = ["model", "steps", "calls", "distance", "precision", "recall", "class", "latency"]
+    head = ["model", "calls", "distance", "precision", "recall", "class", "latency"]
     body = []
     for row in rows:
         f = row.figures
         cells = [
-            str(row.steps) if row.steps else ABSENT,
             str(row.calls) if row.calls else ABSENT,
             _number(f["feature_distance"]),
             percent(f["precision"], 0),
@@ -137,7 +137,7 @@ def card(summary: Mapping[str, Any]) -> str:
         "Open it with `limbeck.load_generator(folder)` and call `.sample(64, steps=1, seed=0)`, or draw a sheet with "
         "`limbeck sample FOLDER -n 64 --steps 1 --seed 0`. `generator.json` says process, prediction and sampler.",
         "",
-        f"Seed {summary['seed']}. Made with {', '.join(f'{k} {v}' for k, v in summary.get('versions', {}).items())}.",
+        provenance(summary),
         "",
     ]
     return "\n".join(lines)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from limbeck.diffusion import Denoiser
-from limbeck.diffusion.process import EDM, Discrete, Flow, Process
+from limbeck.diffusion import EDM, Denoiser, Discrete, Flow, Process
 from limbeck.errors import UserError
 from limbeck.zoo.diffusers_door import library
 
