@@ -34,7 +34,11 @@ def field_loss(x: Tensor, direction: Tensor) -> Tensor:
 
 
 def pixel_distance(x: Tensor, other: Tensor) -> Tensor:
-    """`(B, 1, ...)` mean absolute difference of each sample, without gradient: DMD's normaliser (arXiv:2311.18828, equation 8)."""
+    """`(B, 1, ...)` mean absolute difference of each sample, without gradient: DMD's normaliser (arXiv:2311.18828, equation 8).
+
+    >>> pixel_distance(torch.zeros(1, 4), torch.tensor([[1.0, -1.0, 2.0, 0.0]]))
+    tensor([[1.]])
+    """
     size = (wide(x) - wide(other)).detach().abs().flatten(1).mean(1)
     return size.clamp_min(1e-6).reshape(-1, *(1,) * (x.ndim - 1))
 
