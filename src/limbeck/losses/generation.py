@@ -49,6 +49,9 @@ def matching_direction(x: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
 
     Args:
         x: generated samples. teacher, fake: what the two networks see as clean data in the same re-noised x.
+
+    >>> matching_direction(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([[2.0, 1.0]]))
+    tensor([[1., 0.]])
     """
     return torch.nan_to_num((wide(fake) - wide(teacher)).detach() / pixel_distance(x, teacher))
 
@@ -58,6 +61,9 @@ def score_identity(x: Tensor, teacher: Tensor, fake: Tensor, alpha: float = 1.0)
 
     The Fisher divergence in a form that needs no gradient of the fake score's training (Zhou et al. 2024, arXiv:2404.04057, equation
     23). It has no lower bound. The paper sums over pixels; the mean keeps learning rates comparable between sizes.
+
+    >>> score_identity(torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 2), alpha=0.5)
+    tensor(0.5000)
     """
     x, teacher, fake = wide(x), wide(teacher), wide(fake)
     weight = pixel_distance(x, teacher).clamp_min(1e-5)
@@ -70,6 +76,9 @@ def critic_loss(real: Tensor, fake: Tensor, kind: str = "non-saturating") -> Ten
 
     "non-saturating": softplus(fake) + softplus(-real) (Goodfellow et al. 2014, arXiv:1406.2661); "hinge": relu(1 - real) + relu(1 + fake)
     (Lim & Ye 2017, arXiv:1705.02894); "least-squares": (real - 1)^2 + fake^2 (Mao et al. 2016, arXiv:1611.04076).
+
+    >>> critic_loss(torch.tensor([2.0]), torch.tensor([-0.5]), "hinge")
+    tensor(0.5000)
     """
     real, fake = wide(real), wide(fake)
     if kind == "non-saturating":
@@ -82,7 +91,11 @@ def critic_loss(real: Tensor, fake: Tensor, kind: str = "non-saturating") -> Ten
 
 
 def fooling_loss(fake: Tensor, kind: str = "non-saturating") -> Tensor:
-    """What a generator minimises, from the discriminator's logits on its samples; see `critic_loss`."""
+    """What a generator minimises, from the discriminator's logits on its samples; see `critic_loss`.
+
+    >>> fooling_loss(torch.tensor([2.0]), "hinge")
+    tensor(-2.)
+    """
     fake = wide(fake)
     if kind == "non-saturating":
         return F.softplus(-fake).mean()
@@ -98,6 +111,10 @@ def gradient_penalty(logits: Tensor, real: Tensor) -> Tensor:
 
     Args:
         logits: made from `real` with gradient. real: `(B, ...)`, requires gradient.
+
+    >>> real = torch.ones(1, 2, requires_grad=True)
+    >>> gradient_penalty(real.square().sum(1), real)
+    tensor(4., grad_fn=<MulBackward0>)
     """
     (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return 0.5 * slope.square().flatten(1).sum(1).mean()
@@ -109,6 +126,9 @@ def pseudo_huber(error: Tensor, scale: float = 0.00054) -> Tensor:
 
     Args:
         error: `(B, ...)`.
+
+    >>> pseudo_huber(torch.tensor([[3.0, 4.0]]), scale=0.0)
+    tensor([2.5000])
     """
     flat = wide(error).flatten(1)
     d = flat.shape[1]
@@ -124,6 +144,10 @@ def gaussian_mmd(generated: Tensor, real: Tensor) -> Tensor:
 
     Returns:
         at least 0; about 1/B + 1/N for equal distributions (Gretton et al. 2012).
+
+    >>> x = torch.tensor([[0.0], [1.0]])
+    >>> gaussian_mmd(x, x).abs() < 1e-6
+    tensor(True)
     """
     generated, real = wide(generated), wide(real).detach()
     mean, std = real.mean(0), real.std(0).clamp_min(1e-4)
