@@ -34,6 +34,31 @@ TINY = {
 """A recipe of seconds; tests copy and change it."""
 
 
+TINY_TEXT = {
+    "name": "tiny-text",
+    "method": {"id": "token-level-kd"},
+    "teacher": {"model": "llama", "args": {"layers": 1, "width": 32, "heads": 2}, "train": {"steps": 20, "batch": 8, "lr": 0.01}},
+    "student": {"model": "llama", "args": {"layers": 1, "width": 16, "heads": 2}},
+    "data": {"source": "stdlib-explain", "train": 64, "test": 16},
+    "text": {"tokenizer": "bpe:320", "length": 48},
+    "training": {"steps": 20, "batch": 8, "lr": 0.01},
+    "threads": 1,
+    "device": "cpu",
+    "trackers": [],
+}
+"""The same of a language model."""
+
+TINY_PAIRS = {
+    **TINY_TEXT,
+    "name": "tiny-pairs",
+    "method": {"id": "alone"},
+    "teacher": {"model": "bert", "args": {"layers": 2, "width": 32, "heads": 2}, "train": {"steps": 20, "batch": 8, "lr": 0.01}},
+    "student": {"model": "bert", "args": {"layers": 2, "width": 16, "heads": 2}},
+    "data": {"source": "stdlib-retrieval", "train": 64, "test": 16},
+}
+"""The same of a sentence encoder."""
+
+
 @pytest.fixture
 def tiny():
     """A fresh copy of the tiny recipe."""

@@ -76,7 +76,7 @@ def test_save_and_load_give_the_same_bits(name, tmp_path):
 
 
 def test_listing_names_every_network():
-    assert [row["name"] for row in listing()] == list(NETWORKS) and all(row["about"] for row in listing())
+    assert [row["name"] for row in listing()] == [*NETWORKS, "llama", "gpt2", "t5", "bert"] and all(row["about"] for row in listing())
     assert next(r for r in listing() if r["name"] == "cnn")["arguments"] == {"width": 8, "depth": 3}
 
 

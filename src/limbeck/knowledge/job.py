@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from limbeck import recipe as schema
-from limbeck.data import Batches, Data, Split
+from limbeck.data import Batches, Data
 from limbeck.data.batch import UNLABELLED
 from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError
 from limbeck.evaluation.agreement import agreement
 from limbeck.evaluation.cost import cost
-from limbeck.evaluation.predict import predict
 from limbeck.knowledge import models
 from limbeck.knowledge.methods.alone import Alone
 from limbeck.knowledge.program import KnowledgeProgram, steps_of
 from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
+from limbeck.knowledge.text_report import text_outcome
 from limbeck.outcome import Outcome
 from limbeck.signals.store import model_fingerprint
-from limbeck.tasks import Classification
+from limbeck.tasks import Task
 
 CEILING_NOTE = (
     "The same student and budget, but with the label of every training sample: what the student could reach if nothing were hidden. "
@@ -40,7 +41,7 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         session: device, folder, callbacks.
         given: Python objects that stand in for the recipe's references: "teacher", "student", "data", "method".
     """
-    data = models.open_recipe_data(recipe.data, given.get("data"))
+    data = models.open_recipe_data(recipe.data, given.get("data"), recipe)
     task = models.task_of(recipe, data)
     watched = recipe.evaluation
     if (watched.patience or watched.every) and watched.on == "valid" and data.valid is None:
@@ -56,7 +57,8 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
     start = models.make_student(recipe, data, session, given)
     stages = recipe.stages or [schema.Stage()]
 
-    student, total, program, method = start, 0, None, None
+    student, total, program, method, method_before, phase = start, 0, None, None, None, "student"
+    on_stage: dict[str, Data] = {}
     for number, stage in enumerate(stages, 1):
         spec = stage.method or recipe.method
         method = models.make_method(spec, given.get("method") if stage.method is None else None)
@@ -69,12 +71,19 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         phase = "student" if len(stages) == 1 else stage.name or f"stage-{number}"
         seed_everything(recipe.seed, f"{phase} set-up")
         network = copy.deepcopy(student)
-        own_data, steps = on_device, None
+        own_data, steps = on_device if not stage.data else _stage_data(recipe, stage, data, session, on_stage), None
+        own_task = task if not stage.data else models.task_of(recipe, own_data)
         if method.labelled_only and data.hidden_labels is not None:
             # the budget is that of methods which see the unlabelled samples too
-            own_data, steps = on_device.only_labelled(), _steps(training, on_device, method)
-        teacher = models.make_teacher(source, method, _own_copies(source, method, own), network, own_data, session)
-        program = _program(method, network, teacher, own_data, task, training, recipe, session, steps)
+            own_data, steps = own_data.only_labelled(), _steps(training, own_data, method)
+        method.task = own_task
+        teacher = models.make_teacher(source, method, _own_copies(source, method, own), network, own_data, session, own_task)
+        own_data = method.prepare(own_data, teacher, session, recipe.seed)
+        before = method_before if number > 1 and type(method_before) is type(method) else None
+        program = _program(method, network, teacher, own_data, own_task, training, recipe, session, steps)
+        if before is not None:
+            method.follow(before)
+        method_before = method
         session.fit(program, phase, seed=recipe.seed)
         total += program.total
         student = program.finish()
@@ -87,7 +96,9 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         found["teacher"] = next(iter(program.teacher.learning().values()))
     elif networks:
         found["teacher"] = (
-            next(iter(networks.values())) if len(networks) == 1 else EnsembleTeacher({k: FrozenTeacher(n) for k, n in networks.items()})
+            next(iter(networks.values()))
+            if len(networks) == 1
+            else EnsembleTeacher({name: FrozenTeacher(network, read=task.reader) for name, network in networks.items()})
         )
     if recipe.baseline:
         found["baseline"] = _alone("baseline", start, on_device.only_labelled(), task, recipe, session, total)
@@ -97,7 +108,23 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
             session.notes.append("ceiling: no label is hidden, so the student alone is its own ceiling")
         else:
             found["ceiling"] = _alone("ceiling", start, on_device.with_all_labels(), task, recipe, session, total)
-    return _measure(found, method, on_device, task, recipe, session)
+    return _measure(found, method, on_device, task, recipe, session, phase)
+
+
+def _stage_data(recipe: schema.Recipe, stage: schema.Stage, data: Data, session: Session, opened: dict[str, Data]) -> Data:
+    """The data of a stage that changes some keys of the recipe's; opened once however many stages use it."""
+    key = json.dumps(stage.data, sort_keys=True)
+    if key not in opened:
+        spec = schema.Data.model_validate({**recipe.data.model_dump(), **stage.data})
+        own = models.open_recipe_data(spec, None, recipe, data)
+        if own.classes and data.classes and own.classes != data.classes:
+            raise UserError(
+                f"stage data {spec.source} has {len(own.classes)} classes that are not those of {data.name}",
+                "a stage may see other samples, not other classes",
+            )
+        session.digest += own.fingerprint
+        opened[key] = own.to(session.device)
+    return opened[key]
 
 
 def _steps(training: Any, data: Data, method: Any) -> int:
@@ -118,7 +145,7 @@ def _program(
     network: nn.Module,
     teacher: Teacher,
     data: Data,
-    task: Classification,
+    task: Task,
     training: Any,
     recipe: Any,
     session: Session,
@@ -140,7 +167,7 @@ def _program(
     )
 
 
-def _alone(phase: str, start: nn.Module, data: Data, task: Classification, recipe: Any, session: Session, total: int) -> nn.Module:
+def _alone(phase: str, start: nn.Module, data: Data, task: Task, recipe: Any, session: Session, total: int) -> nn.Module:
     """The same first weights, steps and optimiser settings, on labels alone."""
     training = recipe.training.model_copy(update={"labelled_share": None})
     program = _program(Alone(), copy.deepcopy(start), Teacher(), data, task, training, recipe, session, total)
@@ -159,48 +186,46 @@ class _Whole(nn.Module):
         return [member(*args, **kwargs) for member in self.members]
 
 
-def _say(model: nn.Module | Teacher, split: Split, recipe: Any, session: Session) -> tuple[Tensor, Tensor | None]:
-    if isinstance(model, nn.Module):
-        return predict(model, split, recipe.evaluation.batch, session.device)
-    batches = Batches(split, recipe.evaluation.batch, shuffle=False).epoch(0)
-    said = [(model(batch.to(session.device)).logits.cpu(), batch.labels) for batch in batches]
-    return torch.cat([logits for logits, _ in said]), None
-
-
 def _measure(
-    found: Mapping[str, nn.Module | Teacher], method: Any, data: Data, task: Classification, recipe: Any, session: Session
+    found: Mapping[str, nn.Module | Teacher], method: Any, data: Data, task: Task, recipe: Any, session: Session, phase: str
 ) -> Outcome:
-    metrics: dict[str, dict[str, float]] = {}
     costs: dict[str, dict[str, Any]] = {}
-    logits: dict[str, Tensor] = {}
-    labels: Tensor | None = None
     if recipe.evaluation.final == "valid":
         if data.valid is None:
             raise UserError("evaluation.final is valid, and there is no validation split", "set data.valid, for example data.valid=0.2")
         data = replace(data, test=data.valid)
     example = data.example(1).to(session.device)
-    for role, model in found.items():
-        logits[role], own = _say(model, data.test, recipe, session)
-        labels = own if own is not None else labels
-    if labels is None:
+    measured = {role: task.measure(model, data.test, recipe.evaluation.batch, session.device, full=True) for role, model in found.items()}
+    metrics = {role: said.metrics for role, said in measured.items()}
+    if not metrics["student"]:
         raise UserError(f"the test part of {data.name} has no labels, so nothing can be measured", "give a labelled test split (data.test)")
     for role, model in found.items():
-        metrics[role] = task.metrics(logits[role], labels)
         network = model if isinstance(model, nn.Module) else _Whole(model.networks())
         if recipe.evaluation.attack is not None and isinstance(model, nn.Module):
             metrics[role] |= _attacked(model, data, task, metrics[role], recipe, session)
         if role in ("teacher", "student"):
-            costs[role] = cost(network, example.inputs).as_dict()
+            costs[role] = cost(network, task.cost_inputs(network, example)).as_dict()
     student = found["student"]
     assert isinstance(student, nn.Module)
     metrics["student"] |= method.figures(student, data, task, session.device)
     summary: dict[str, Any] = {"method": method.card.id, "wing": "knowledge", "metrics": metrics, "primary": task.primary, "cost": costs}
-    if "teacher" in logits:
-        summary["agreement"] = agreement(logits["student"], logits["teacher"])
     summary["data"] = data.describe()
     if "ceiling" in metrics:
         summary["notes"] = {"ceiling": CEILING_NOTE}
-    inputs = None
+    if task.family != "classification":
+        if "teacher" in found:
+            near = {
+                role: task.compare(found[role], found["teacher"], data.test, recipe.evaluation.batch, session.device)
+                for role in ("baseline", "student")
+                if role in found
+            }
+            if any(near.values()):
+                summary["to_teacher"] = near
+        return text_outcome(student, summary, measured, task, data, phase)
+    logits = {role: said.logits for role, said in measured.items()}
+    if "teacher" in logits:
+        summary["agreement"] = agreement(logits["student"], logits["teacher"])
+    inputs, labels = None, measured["student"].labels
     if data.images and len(data.test) <= 100_000:
         inputs = data.test.batch(torch.arange(len(data.test))).inputs.cpu()
     flat = labels if labels.ndim == 1 else torch.full((len(labels),), UNLABELLED)
@@ -208,7 +233,7 @@ def _measure(
 
 
 def _attacked(
-    model: nn.Module, data: Data, task: Classification, metrics: Mapping[str, float], recipe: Any, session: Session
+    model: nn.Module, data: Data, task: Task, metrics: Mapping[str, float], recipe: Any, session: Session
 ) -> dict[str, float]:
     from limbeck.knowledge.views import robust_accuracy
 

@@ -166,7 +166,7 @@ def recipe_networks(recipe: schema.Recipe, data: Data) -> tuple[dict[str, nn.Mod
 
 
 def _recipe(recipe: schema.Recipe) -> Look:
-    data = models.open_recipe_data(recipe.data)
+    data = models.open_recipe_data(recipe.data, None, recipe)
     teachers, student = recipe_networks(recipe, data)
     inputs = data.example(2).inputs
     found = Look()

@@ -18,16 +18,19 @@ from limbeck.errors import UserError
 from limbeck.knowledge.distiller import Distiller
 from limbeck.knowledge.program import KnowledgeProgram
 from limbeck.knowledge.teachers import (
+    EndpointTeacher,
     EnsembleTeacher,
     FrozenTeacher,
     HistoryTeacher,
     MovingAverageTeacher,
     OnlineTeacher,
+    StoredLanguageTeacher,
     StoredTeacher,
     Teacher,
 )
 from limbeck.models import build, check_input, kept, open_recipe_data, task_of
 from limbeck.signals.store import Store, model_fingerprint
+from limbeck.tasks import Task
 
 
 def make_method(spec: schema.Method, given: Any = None) -> Distiller:
@@ -39,7 +42,7 @@ def school_data(spec: schema.Model, recipe: schema.Recipe, data: Data, given: An
     """The data that a `train` block trains on: the recipe's, with the keys changed that the block changes."""
     if spec.train is None or not spec.train.data:
         return data
-    return open_recipe_data(schema.Data.model_validate({**recipe.data.model_dump(), **spec.train.data}), given)
+    return open_recipe_data(schema.Data.model_validate({**recipe.data.model_dump(), **spec.train.data}), given, recipe, data)
 
 
 def kept_at(spec: schema.Model, network: nn.Module, recipe: schema.Recipe, own: Data, session: Session) -> tuple[Path, dict[str, Any]]:
@@ -77,6 +80,9 @@ def schooled(
     """
     school, method = spec.train, make_method(spec.train.method) if spec.train else None
     assert school is not None and method is not None
+    if school.first is not None:
+        before = spec.model_copy(update={"train": school.first})
+        network = schooled(before, network, recipe, data, session, f"{phase}-first", given_data)
     own = school_data(spec, recipe, data, given_data)
     _, content = kept_at(spec, network, recipe, own, session)
 
@@ -125,28 +131,33 @@ def teacher_networks(recipe: schema.Recipe, data: Data, session: Session, given:
 
 
 def make_teacher(
-    spec: schema.Teacher, method: Distiller, networks: Mapping[str, nn.Module], student: nn.Module, data: Data, session: Session
+    spec: schema.Teacher, method: Distiller, networks: Mapping[str, nn.Module], student: nn.Module, data: Data, session: Session, task: Task
 ) -> Teacher:
     """The teacher that a recipe and its method ask for.
 
     Raises:
         UserError: a teacher is missing, has the wrong name, or its kind does not fit.
     """
-    kind = spec.kind if spec.kind != "auto" else "stored" if spec.store else method.teacher_kind
+    kind = spec.kind if spec.kind != "auto" else "stored" if spec.store else "endpoint" if spec.endpoint else method.teacher_kind
     wants = method.wants()[1]
     if kind == "none":
         return Teacher()
+    read = task.reader
+    if kind == "endpoint":
+        return endpoint_teacher(spec, method)
     if kind == "history":
+        if task.family != "classification":
+            raise UserError(f"a teacher of kind history is for classification, and this is a {task.kind} task", "use kind ema or frozen")
         return HistoryTeacher(len(data.train), len(data.classes), session.device)
     if kind == "ema":
-        return MovingAverageTeacher(student, spec.decay, wants)
+        return MovingAverageTeacher(student, spec.decay, wants, read=read)
     if method.teacher_names and kind != "frozen":
         raise UserError(
             f"{method.card.id} needs the teachers {' and '.join(method.teacher_names)} themselves, not kind {kind}",
             "leave teacher.kind and teacher.store out",
         )
     if kind == "stored":
-        return stored_teacher(spec, networks, data, wants)
+        return stored_teacher(spec, networks, data, wants, task)
     if not networks:
         raise UserError(
             f"{method.card.id} needs a teacher, and the recipe names none",
@@ -160,14 +171,32 @@ def make_teacher(
     if kind == "online":
         if len(networks) > 1:
             raise UserError(f"an online teacher is one network, the recipe names {len(networks)}", "leave one")
-        return OnlineTeacher(next(iter(networks.values())), wants)
-    frozen = {name: FrozenTeacher(network, wants) for name, network in networks.items()}
+        return OnlineTeacher(next(iter(networks.values())), wants, read=read)
+    frozen = {name: FrozenTeacher(network, wants, read=read) for name, network in networks.items()}
     if len(frozen) == 1 and not method.teacher_names:
         return next(iter(frozen.values()))
     return EnsembleTeacher(frozen, spec.weights)
 
 
-def stored_teacher(spec: schema.Teacher, networks: Mapping[str, nn.Module], data: Data, wants: tuple[str, ...]) -> StoredTeacher:
+def endpoint_teacher(spec: schema.Teacher, method: Distiller) -> Teacher:
+    """A remote teacher that writes texts.
+
+    Raises:
+        UserError: no endpoint is named, or the method wants more than texts.
+    """
+    if spec.endpoint is None:
+        raise UserError("teacher.kind is endpoint, and teacher.endpoint is empty", "set teacher.endpoint.base_url and .model")
+    if not method.black_box:
+        raise UserError(
+            f"{method.card.id} needs more than a teacher's texts, and an endpoint gives texts only",
+            "use a black-box method: sequence-kd or distilling-step-by-step",
+        )
+    return EndpointTeacher(spec.endpoint)
+
+
+def stored_teacher(
+    spec: schema.Teacher, networks: Mapping[str, nn.Module], data: Data, wants: tuple[str, ...], task: Task
+) -> StoredTeacher | StoredLanguageTeacher:
     """Outputs on disk, checked against the teacher (where it is at hand) and the data."""
     if not spec.store:
         raise UserError(
@@ -179,9 +208,10 @@ def stored_teacher(spec: schema.Teacher, networks: Mapping[str, nn.Module], data
             "stored teacher outputs belong to inputs as they are, and data.augment changes them",
             "leave data.augment empty, or use the teacher itself",
         )
-    return StoredTeacher(
-        Store(spec.store, teacher_fingerprint=teacher_fingerprint(networks, spec.weights), data_fingerprint=data.fingerprint), wants
-    )
+    store = Store(spec.store, teacher_fingerprint=teacher_fingerprint(networks, spec.weights), data_fingerprint=data.fingerprint)
+    if task.family == "language":
+        return StoredLanguageTeacher(store, data.train, task)
+    return StoredTeacher(store, wants)
 
 
 def teacher_fingerprint(networks: Mapping[str, nn.Module], weights: Mapping[str, float] | None = None) -> str | None:
@@ -207,4 +237,6 @@ def make_student(recipe: schema.Recipe, data: Data, session: Session, given: Map
             student = schooled(spec, student, recipe, data, session, "start", given.get("data"))
     student.to(session.device)
     check_input(student, data, session, "student")
+    if recipe.student.adapter is not None:
+        return student  # only its adapters learn
     return student.requires_grad_(True) if not any(p.requires_grad for p in student.parameters()) else student

@@ -122,7 +122,7 @@ def plan(recipe: schema.Recipe, session: Session) -> Forecast:
         Interrupted: after Ctrl-C.
     """
     models.make_method(recipe.method)  # a recipe of another wing is told first
-    data = models.open_recipe_data(recipe.data)
+    data = models.open_recipe_data(recipe.data, None, recipe)
     task = models.task_of(recipe, data)
     networks, start = recipe_networks(recipe, data)
     for role, network in (*networks.items(), ("student", start)):

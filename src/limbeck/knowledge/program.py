@@ -15,11 +15,10 @@ from limbeck.data.batches import Batches
 from limbeck.data.data import Data
 from limbeck.engine.clock import Clock
 from limbeck.errors import UserError
-from limbeck.evaluation.predict import predict
 from limbeck.knowledge.distiller import Distiller, Models, Pair
 from limbeck.knowledge.teachers import OnlineTeacher, StoredTeacher, Teacher
-from limbeck.signals import Reader, Signals
-from limbeck.tasks import Classification
+from limbeck.signals import Signals
+from limbeck.tasks import Task
 
 COLLAPSED = 1e-3
 """Mean entropy of the outputs, in nats, below which they are called collapsed when they are also mostly wrong."""
@@ -55,7 +54,7 @@ class KnowledgeProgram:
         student: nn.Module,
         teacher: Teacher,
         data: Data,
-        task: Classification,
+        task: Task,
         training: Any,
         *,
         seed: int = 0,
@@ -85,25 +84,29 @@ class KnowledgeProgram:
                 f"a batch of {self._batches.batch_size} cannot be cut into {training.accumulate} equal parts",
                 "set training.batch or training.accumulate",
             )
+        if task.family not in method.tasks:
+            raise UserError(
+                f"{method.card.id} is for {' and '.join(method.tasks)}, and this is a {task.kind} task",
+                f"`limbeck methods {task.family}` lists what can work with it",
+            )
         if method.needs_valid and data.valid is None:
             raise UserError(
                 f"{method.card.id} learns on a validation split, and there is none", "set data.valid, for example data.valid=0.1"
             )
 
         parts = [split for split in (data.train, data.valid) if split is not None]
-        method.bind(task, complete=all(split.labels is not None and bool(Batch(None, split.labels).labelled.all()) for split in parts))
-        example = data.example(min(len(data.train), max(2, len(task.classes)))).to(self.device)
+        method.bind(task, complete=all(task.complete(split.labels) for split in parts))
+        example = data.example(min(len(data.train), task.example_size())).to(self.device)
         self.student = method.wrap(student, example).to(self.device)
-        self._reader = Reader(self.student, method.wants()[0])
+        self._reader = task.reader(self.student, method.wants()[0])
         self._last: tuple[Batch, Signals] | None = None
         self._pending: list[str] = []
         self.pair = Pair(
             self.student, teacher, task, data, example, training, self.total, self.steps_per_epoch, self.device, read_student=self._reader
         )
-        task.check_logits(self.pair.student_signals.logits)
-        said = self.pair.teacher_signals
-        if "logits" in said:
-            self._check_pair(said.logits, self.pair.student_signals.logits)
+        task.check_student(self.pair.student_signals)
+        if not method.bridges:
+            task.check_pair(self.pair.student_signals, self.pair.teacher_signals)
         method.setup(self.pair)
         method.parts.to(self.device)
         self.models = Models(self._read, teacher, self.student)
@@ -115,16 +118,8 @@ class KnowledgeProgram:
         self.primary = (task.primary, task.higher_is_better)
         self._adds_teacher_loss = isinstance(teacher, OnlineTeacher) and method.teacher_kind != "online"
 
-    @staticmethod
-    def _check_pair(teacher: Tensor, student: Tensor) -> None:
-        if teacher.shape[-1] != student.shape[-1]:
-            raise UserError(
-                f"the teacher gives {teacher.shape[-1]} classes, the student {student.shape[-1]}",
-                "give both the same classes, or make the student with the teacher's number of classes",
-            )
-
     def _read(self, batch: Batch) -> Signals:
-        signals = self._reader(batch.inputs)
+        signals = self._reader(batch)
         self._last = (batch, signals)
         return signals
 
@@ -148,22 +143,26 @@ class KnowledgeProgram:
         return batches if self.device.type == "cpu" else (batch.to(self.device) for batch in batches)
 
     def parts(self, batch: Batch, count: int) -> list[Batch]:
-        """Equal parts of a batch; each knows how much its labelled and its unlabelled samples weigh in the whole."""
+        """Equal parts of a batch; each knows how much its labelled and its unlabelled samples weigh in the whole.
+
+        Of tasks that score several items a sample (tokens), `extra["share"]` is what a part's mean weighs in the whole batch's mean.
+        """
         size = len(batch) // count
-        labelled = batch.labelled
+        labelled, items = batch.labelled, self.task.scored(batch)
         total, others = labelled.sum().clamp_min(1), (~labelled).sum().clamp_min(1)
         parts = []
         for number in range(count):
             pick = slice(number * size, (number + 1) * size if number + 1 < count else len(batch))
             scales = {"labelled_scale": labelled[pick].sum() * count / total, "unlabelled_scale": (~labelled[pick]).sum() * count / others}
-            parts.append(
-                Batch(
-                    _cut(batch.inputs, pick),
-                    None if batch.labels is None else batch.labels[pick],
-                    None if batch.index is None else batch.index[pick],
-                    {**_cut(batch.extra, pick), **scales},
-                )
+            part = Batch(
+                _cut(batch.inputs, pick),
+                None if batch.labels is None else batch.labels[pick],
+                None if batch.index is None else batch.index[pick],
+                {**_cut(batch.extra, pick), **scales},
             )
+            if items is not None:
+                part.extra["share"] = self.task.scored(part) * count / items.clamp_min(1)
+            parts.append(part)
         return parts
 
     def turns(self, clock: Clock) -> Sequence[str]:
@@ -174,7 +173,9 @@ class KnowledgeProgram:
         """The method's terms, and the labels' loss of an online teacher whose method gives it none."""
         terms = self.method.losses(turn, batch, self.models, clock)
         if self._adds_teacher_loss and turn == "student":
-            terms = {**terms, "teacher": self.method.hard(batch, self.teacher(batch).logits)}
+            terms = {**terms, "teacher": self.method.hard(batch, self.teacher(batch).scores)}
+        if "share" in batch.extra:
+            terms = {name: value * batch.extra["share"] for name, value in terms.items()}
         return terms
 
     def after_step(self, clock: Clock) -> None:
@@ -203,15 +204,12 @@ class KnowledgeProgram:
         split = self.data.valid if self.evaluate_on == "valid" else self.data.test
         if split is None:
             return {}
-        logits, labels = predict(self.network(), split, self.evaluate_batch, self.device)
-        if labels is None:
+        metrics = self.task.measure(self.network(), split, self.evaluate_batch, self.device).metrics
+        if not metrics:
             return {}
-        metrics = self.task.metrics(logits, labels)
-        chance = self.task.chance(labels)
-        if metrics[self.task.primary] <= chance:
-            self._pending.append(
-                f"the student is no better than chance ({self.task.primary} {metrics[self.task.primary]:.3f}, chance {chance:.3f})"
-            )
+        chance, primary = self.task.chance(split.labels), metrics[self.task.primary]
+        if primary <= chance if self.task.higher_is_better else primary >= chance:
+            self._pending.append(f"the student is no better than chance ({self.task.primary} {primary:.3f}, chance {chance:.3f})")
         return metrics
 
     def vitals(self) -> list[str]:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from limbeck.data.batch import Batch, move
 from limbeck.errors import UserError
+from limbeck.losses.vocabulary import Law, Sparse
 from limbeck.signals import Reader, Signals
+from limbeck.signals.stored_form import INDICES, REST, VALUES
 
 
 class Teacher:
@@ -49,6 +51,10 @@ class Teacher:
         """Take back what `memory` gave."""
 
 
+Read = Callable[..., Callable[[Batch], Signals]]
+"""Makes a reader from a network, the wanted signals and the options of `limbeck.signals.Reader`: that class, or a task's `reader`."""
+
+
 class FrozenTeacher(Teacher):
     """One network that never changes: evaluation mode, no gradient, and only as deep as the deepest signal that is asked for.
 
@@ -56,16 +62,17 @@ class FrozenTeacher(Teacher):
         network: the teacher; its parameters stop asking for gradients.
         wants: the signals to read.
         anatomy: where they are; found by a dry pass on `example` when it is needed and not given.
+        read: makes the reader; the task's `reader` where the task is no classification.
     """
 
-    def __init__(self, network: nn.Module, wants: tuple[str, ...] = ("logits",), anatomy: Any = None) -> None:
+    def __init__(self, network: nn.Module, wants: tuple[str, ...] = ("logits",), anatomy: Any = None, read: Read = Reader) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.reader = Reader(network, wants, anatomy=anatomy, stop_early=True, grad=False)
+        self.reader = read(network, wants, anatomy=anatomy, stop_early=True, grad=False)
 
     def __call__(self, batch: Batch) -> Signals:
         # no_grad, not inference_mode: a loss may save the teacher's tensors for its backward pass, which inference tensors forbid
         with torch.no_grad():
-            return self.reader(batch.inputs)
+            return self.reader(batch)
 
     def networks(self) -> dict[str, nn.Module]:
         """The one network, as "teacher"."""
@@ -75,8 +82,8 @@ class FrozenTeacher(Teacher):
 class EnsembleTeacher(Teacher):
     """Several teachers as one.
 
-    `logits` are the logarithm of the weighted mean of the members' probabilities, so that their softmax is that mean; every
-    member's own signals are in `members`.
+    `logits` (of language models `law`, then as wide as the vocabulary in memory) are the logarithm of the weighted mean of the members'
+    probabilities, so that their softmax is that mean; every member's own signals are in `members`.
 
     Args:
         members: teachers by name.
@@ -97,10 +104,12 @@ class EnsembleTeacher(Teacher):
 
     def __call__(self, batch: Batch) -> Signals:
         said = {name: member(batch) for name, member in self.members.items()}
-        if not all("logits" in signals for signals in said.values()):
+        key = next((k for k in ("law", "logits") if all(k in signals for signals in said.values())), None)
+        if key is None:
             return Signals(members=said)
         with torch.no_grad():
-            logs = torch.stack([signals.logits.float().log_softmax(-1) for signals in said.values()], 1)  # (B, M, C)
+            found = [signals.law.logits() if key == "law" else signals.logits for signals in said.values()]
+            logs = torch.stack([logits.float().log_softmax(-1) for logits in found], 1)  # (B, M, C)
             if callable(self.weights):
                 shares = self.weights(batch).to(logs)
             else:
@@ -108,6 +117,8 @@ class EnsembleTeacher(Teacher):
                 shares = torch.tensor(given, device=logs.device, dtype=logs.dtype).expand(len(logs), -1)
             shares = shares / shares.sum(1, keepdim=True)
             logits = (logs + shares.log().unsqueeze(-1)).logsumexp(1)
+        if key == "law":
+            return Signals(law=Law(dense=logits), members=said)
         return Signals(logits=logits, members=said)
 
     def networks(self) -> dict[str, nn.Module]:
@@ -123,12 +134,12 @@ class OnlineTeacher(Teacher):
         wants: the signals to read.
     """
 
-    def __init__(self, network: nn.Module, wants: tuple[str, ...] = ("logits",), anatomy: Any = None) -> None:
+    def __init__(self, network: nn.Module, wants: tuple[str, ...] = ("logits",), anatomy: Any = None, read: Read = Reader) -> None:
         self.network = network
-        self.reader = Reader(network, wants, anatomy=anatomy)
+        self.reader = read(network, wants, anatomy=anatomy)
 
     def __call__(self, batch: Batch) -> Signals:
-        return self.reader(batch.inputs)
+        return self.reader(batch)
 
     def learning(self) -> dict[str, nn.Module]:
         """The network, as "teacher"."""
@@ -145,14 +156,16 @@ class MovingAverageTeacher(Teacher):
         decay: 0.999 in the paper.
     """
 
-    def __init__(self, student: nn.Module, decay: float = 0.999, wants: tuple[str, ...] = ("logits",), anatomy: Any = None) -> None:
+    def __init__(
+        self, student: nn.Module, decay: float = 0.999, wants: tuple[str, ...] = ("logits",), anatomy: Any = None, read: Read = Reader
+    ) -> None:
         self.network = copy.deepcopy(student).eval().requires_grad_(False)
         self.decay = decay
-        self.reader = Reader(self.network, wants, anatomy=anatomy, stop_early=True, grad=False)
+        self.reader = read(self.network, wants, anatomy=anatomy, stop_early=True, grad=False)
 
     def __call__(self, batch: Batch) -> Signals:
         with torch.no_grad():
-            return self.reader(batch.inputs)
+            return self.reader(batch)
 
     def kept(self) -> dict[str, nn.Module]:
         """The average, as "teacher"."""
@@ -244,3 +257,63 @@ class StoredTeacher(Teacher):
             return said
         values = {name: move(getattr(said, name), batch.index.device) for name in said}
         return Signals(at=move(said.at, batch.index.device), **values)
+
+
+class EndpointTeacher(Teacher):
+    """A remote teacher that writes texts; it says nothing about batches. A method asks it in `prepare`.
+
+    Args:
+        settings: the recipe's `teacher.endpoint` block.
+    """
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+
+class StoredLanguageTeacher(Teacher):
+    """Next-token distributions that `limbeck cache` wrote once, one row for each scored token; no network runs.
+
+    Signals: `law` is a `Sparse` (top k and the mass of the rest) or, of stores that hold everything, a `Law`.
+
+    Args:
+        store: an open `limbeck.signals.Store`, already checked against teacher and data; its rows are the split's scored tokens in order.
+        split: what it was made from.
+        task: tells how many tokens of each sample are scored.
+    """
+
+    def __init__(self, store: Any, split: Any, task: Any) -> None:
+        self.store, self.task = store, task
+        counts = scored_counts(split, task)
+        self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        if int(self.starts[-1]) != len(store):
+            raise UserError(
+                f"the store {store.folder} holds {len(store)} tokens, the training texts have {int(self.starts[-1])}",
+                "store again with `limbeck cache`",
+            )
+
+    def __call__(self, batch: Batch) -> Signals:
+        if batch.index is None:
+            raise UserError("stored outputs are found by sample index, and this batch has none", "give a map-style data set")
+        index = batch.index.cpu()
+        rows = torch.cat([torch.arange(int(a), int(b)) for a, b in zip(self.starts[index], self.starts[index + 1])])
+        return Signals(law=stored_law(self.store, rows, batch.index.device))
+
+
+def scored_counts(split: Any, task: Any, at_once: int = 256) -> Tensor:
+    """`(N,)` how many tokens of each sample of a split are scored."""
+    counts = []
+    for first in range(0, len(split), at_once):
+        batch = split.batch(torch.arange(first, min(first + at_once, len(split))))
+        counts.append(task.mask(batch.labels).sum(1).cpu())
+    return torch.cat(counts)
+
+
+def stored_law(store: Any, rows: Tensor, device: torch.device | str = "cpu") -> Law | Sparse:
+    """The distributions of some rows of a store; see `limbeck.signals.stored_form` for the forms."""
+    read = store.read(rows)
+    if VALUES not in read:
+        return Law(dense=read["logits"].to(device))
+    values, rest = read[VALUES].float(), read[REST]
+    # stored values are log-probabilities up to half precision; the kept mass is made exact again with the stored rest
+    logs = values - values.logsumexp(-1, keepdim=True) + torch.log1p(-rest.clamp(0, 1 - 1e-6)).unsqueeze(-1)
+    return Sparse(read[INDICES].long().to(device), logs.to(device), store.layout.classes)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limbeck.data.batch import Batch
 from limbeck.errors import UserError, unknown
 from limbeck.signals.anatomy import Anatomy, anatomy, hidden_states, is_hugging_face
 from limbeck.signals.outputs import call, first_tensor, logits_of
@@ -230,7 +231,9 @@ class Reader:
         return max(ends)[1:] if ends else None
 
     def __call__(self, inputs: Any) -> Signals:
-        """One forward pass: inputs as `Batch.inputs` holds them, signals as asked for."""
+        """One forward pass: a `Batch`, or inputs as `Batch.inputs` holds them; signals as asked for."""
+        if isinstance(inputs, Batch):
+            inputs = inputs.inputs
         if self._fast and (self.grad or not torch.is_grad_enabled()):
             output = self.model(inputs) if isinstance(inputs, Tensor) else call(self.model, inputs)
             return Signals(output=output, logits=output if isinstance(output, Tensor) else logits_of(output))

@@ -22,6 +22,8 @@ class Signals:
         attention: list of attention maps `(B, heads, L, L)`, shallow to deep.
         at: mapping from a module's path to its output.
         members: the signals of each teacher, when there are several (else empty).
+        law: of language models the next-token distributions of the scored positions (`limbeck.losses.vocabulary.Law`, or `Sparse`).
+        hidden: of language models `(B, L, D)` what goes into the output matrix.
     """
 
     __slots__ = ("_values", "at", "members", "output")
@@ -46,6 +48,17 @@ class Signals:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
+
+    def __getattr__(self, name: str) -> Any:
+        """Signals of other tasks under their own names, such as "law" of language models."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._take(name)
+
+    @property
+    def scores(self) -> Any:
+        """What a task's losses take: the `law` of a language model, else the logits."""
+        return self._values["law"] if "law" in self._values else self._take("logits")
 
     @property
     def logits(self) -> Tensor:

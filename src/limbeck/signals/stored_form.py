@@ -74,11 +74,16 @@ class Layout:
     def pack(self, signals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows `(B, ...)` of signals in their stored form, on the CPU.
 
+        In the form "topk" the three stored parts may be given instead of "logits".
+
         Raises:
             UserError: a signal is missing, has another shape, or has values that the form cannot hold (NaN; beyond 65504 in half).
         """
         packed: dict[str, Tensor] = {}
         for name, shape in self.signals.items():
+            if name == "logits" and self.form == "topk" and VALUES in signals:  # a caller that never had the whole vocabulary
+                packed |= {part: signals[part].detach().cpu() for part in (VALUES, INDICES, REST)}
+                continue
             if name not in signals:
                 raise unknown("signal to store", name, signals)
             value = signals[name].detach().cpu()

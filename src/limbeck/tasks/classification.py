@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from limbeck.data.batch import UNLABELLED
+from limbeck.data.batch import UNLABELLED, Batch
 from limbeck.errors import UserError, unknown
 from limbeck.losses import bernoulli_kl, binary_cross_entropy, cross_entropy, forward_kl
 from limbeck.losses._rows import wide
-from limbeck.tasks.base import Task
+from limbeck.signals import Reader
+from limbeck.tasks.base import Measured, Task
 from limbeck.tasks.calibration import adaptive_calibration_error, brier_score, expected_calibration_error
+
+if TYPE_CHECKING:
+    from limbeck.data.split import Split
+    from limbeck.signals import Signals
 
 _KINDS = ("multiclass", "multilabel", "binary")
 
@@ -60,6 +66,43 @@ class Classification(Task):
                 f"for its {len(self.classes)} classes",
                 "give the model a head of that width, or the task the classes that the model was made for",
             )
+
+    def reader(self, model: nn.Module, wants: Sequence[str], **options: Any) -> Callable[[Batch], Signals]:
+        """A `limbeck.signals.Reader`."""
+        return Reader(model, wants, **options)
+
+    def example_size(self) -> int:
+        """One sample for each class, so that parts which are built from an example see them all; at least 2."""
+        return max(2, len(self.classes))
+
+    def check_student(self, said: Signals) -> None:
+        """The width of its logits, see `check_logits`."""
+        self.check_logits(said.logits)
+
+    def check_pair(self, student: Signals, teacher: Signals) -> None:
+        """As many classes on both sides.
+
+        Raises:
+            UserError: naming both numbers.
+        """
+        if "logits" in teacher and teacher.logits.shape[-1] != student.logits.shape[-1]:
+            raise UserError(
+                f"the teacher gives {teacher.logits.shape[-1]} classes, the student {student.logits.shape[-1]}",
+                "give both the same classes, or make the student with the teacher's number of classes",
+            )
+
+    def complete(self, labels: Tensor | None) -> bool:
+        """No label is hidden."""
+        return labels is not None and bool(Batch(None, labels).labelled.all())
+
+    def measure(
+        self, model: nn.Module | Callable[[Batch], Signals], split: Split, batch: int, device: torch.device, full: bool = False
+    ) -> Measured:
+        """Logits of the whole split and the figures of `metrics`; no figures where the split has no labels."""
+        from limbeck.evaluation.predict import predict
+
+        logits, labels = predict(model, split, batch, device)
+        return Measured({} if labels is None else self.metrics(logits, labels), logits, labels)
 
     def _one_column(self, logits: Tensor) -> bool:
         return self.kind == "binary" and logits.shape[-1] == 1

@@ -2,6 +2,8 @@
 
 from limbeck.zoo.build import NETWORKS, build, listing, parameters
 from limbeck.zoo.files import load_model, read_note, save_model
+from limbeck.zoo.language import Tokens
+from limbeck.zoo.lora import adapt
 from limbeck.zoo.network import Network
 
-__all__ = ["NETWORKS", "Network", "build", "listing", "load_model", "parameters", "read_note", "save_model"]
+__all__ = ["NETWORKS", "Network", "Tokens", "adapt", "build", "listing", "load_model", "parameters", "read_note", "save_model"]

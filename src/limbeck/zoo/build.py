@@ -22,10 +22,13 @@ from limbeck.zoo.dual_head import DualHeaded
 from limbeck.zoo.efficientnet import EfficientNetLite0
 from limbeck.zoo.graph import GCN, GIN, SAGE
 from limbeck.zoo.guided import Guided
+from limbeck.zoo.language import LANGUAGE, Tokens, build_language, open_language
+from limbeck.zoo.language import listing as language_listing
 from limbeck.zoo.linear import Linear
 from limbeck.zoo.mixer import Mixer
 from limbeck.zoo.mlp import MLP
 from limbeck.zoo.resnet import ResNet
+from limbeck.zoo.sentence import SentenceEncoder, minilm
 from limbeck.zoo.unet import UNet
 from limbeck.zoo.vit import ViT
 
@@ -65,7 +68,7 @@ def listing() -> list[dict[str, Any]]:
     for name, maker in NETWORKS.items():
         arguments = {n: p.default for n, p in inspect.signature(maker).parameters.items() if n not in ("input_shape", "classes")}
         rows.append({"name": name, "about": (maker.__doc__ or "").strip().splitlines()[0], "arguments": arguments})
-    return rows
+    return rows + language_listing()
 
 
 def _embedded(name: str, args: dict[str, Any]) -> nn.Module:
@@ -73,7 +76,7 @@ def _embedded(name: str, args: dict[str, Any]) -> nn.Module:
     if short:
         name, args = "resnet", {"depth": int(short[1]), "width": int(short[2] or 1), **args}
     if name not in NETWORKS:
-        raise unknown("network", name, NETWORKS)
+        raise unknown("network", name, [*NETWORKS, *LANGUAGE])
     for needed in ("input_shape", "classes"):
         if needed not in args and name != "efficientnet-lite0":
             raise UserError(f"network {name!r} needs {needed}", "it is told by the data; in Python give it to build()")
@@ -129,6 +132,22 @@ def _python(path: str, args: dict[str, Any], input_shape: tuple[int, ...] | None
     return model
 
 
+def _language(name: str, tokens: Tokens | None, args: dict[str, Any]) -> nn.Module:
+    if tokens is None:
+        raise UserError(f"network {name!r} needs a tokenizer", "it is told by text data; in Python give tokens=limbeck.zoo.Tokens(...)")
+    if name == "minilm":
+        check_arguments(minilm, {"tokens": tokens, **args}, "network 'minilm'")
+        return minilm(tokens, **args).train()
+    return wrapped(build_language(name, tokens, **args), tokens).train()
+
+
+def wrapped(model: nn.Module, tokens: Tokens) -> nn.Module:
+    """An encoder of tokens as an encoder of sentences, where the task is embedding; else the model itself."""
+    if tokens.kind != "embedding":
+        return model
+    return SentenceEncoder(model)
+
+
 def _json_able(value: Any) -> bool:
     try:
         json.dumps(value)
@@ -137,7 +156,9 @@ def _json_able(value: Any) -> bool:
     return True
 
 
-def build(ref: str, *, input_shape: tuple[int, ...] | None = None, classes: int | None = None, **args: Any) -> nn.Module:
+def build(
+    ref: str, *, input_shape: tuple[int, ...] | None = None, classes: int | None = None, tokens: Tokens | None = None, **args: Any
+) -> nn.Module:
     """Make a network.
 
     Args:
@@ -148,6 +169,8 @@ def build(ref: str, *, input_shape: tuple[int, ...] | None = None, classes: int 
         input_shape: of one sample; embedded networks need it, a factory gets it if it has such an argument.
         classes: number of logits, likewise; for a denoiser the number of labels, 0 for none. For `hf:` it must match the model's own,
             unless `new_head: true`.
+        tokens: facts of the tokenizer, where samples are texts: "llama", "gpt2", "t5" and "bert" are built from them, and `hf:` opens the
+            class that the kind of task needs.
         args: what the network itself takes. `hf:` takes `config_only: true` (random weights) and `new_head: true`; the rest
             overrides its configuration.
 
@@ -171,6 +194,10 @@ def build(ref: str, *, input_shape: tuple[int, ...] | None = None, classes: int 
 
         check_arguments(load_model, {"folder": name, **args}, f"folder:{name}")
         return load_model(name, **args)
+    if kind == "zoo" and (name in LANGUAGE or (name == "minilm" and tokens is not None)):
+        return _language(name, tokens, args)
+    if kind == "hf" and tokens is not None:
+        return wrapped(open_language(name, tokens, **args), tokens).train()
     if kind == "zoo":
         model = _embedded(name, {**known, **args})
     elif kind == "hf":

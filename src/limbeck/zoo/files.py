@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 from limbeck.errors import UserError
 from limbeck.storage import load_tensors, save_tensors, sha256, write_json, write_text
+from limbeck.zoo.lora import is_adapted, load_adapter, save_adapter
+from limbeck.zoo.sentence import SentenceEncoder, is_sentence_folder, load_sentence
 
 FORMAT = "limbeck-model/1"
 WEIGHTS, CONFIG, NOTE = "model.safetensors", "config.json", "limbeck.json"
@@ -35,6 +39,20 @@ def _is_transformers(model: nn.Module) -> bool:
     return any(kind.__module__.startswith("transformers.") and kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers inside: a file of a few megabytes needs none."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def save_model(model: nn.Module, folder: str | Path, *, card: str = "", extra: dict[str, Any] | None = None) -> Path:
     """Write a network to a folder, so that `load_model`, or transformers for its own models, opens it again.
 
@@ -57,8 +75,17 @@ def save_model(model: nn.Module, folder: str | Path, *, card: str = "", extra: d
         "parameters": sum(p.numel() for p in model.parameters()),
         "extra": extra or {},
     }
-    if _is_transformers(model):
-        model.save_pretrained(folder)  # type: ignore[operator]
+    if is_adapted(model):
+        note["base"] = save_adapter(model, folder)
+        note["files"] = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+        write_json(folder / NOTE, note)
+    elif isinstance(model, SentenceEncoder):
+        with _quiet():
+            note["files"] = model.save(folder)
+        write_json(folder / NOTE, note)
+    elif _is_transformers(model):
+        with _quiet():
+            model.save_pretrained(folder)  # type: ignore[operator]
         note["files"] = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
         write_json(folder / NOTE, note)
     else:
@@ -130,6 +157,17 @@ def load_model(folder: str | Path, *, model: nn.Module | None = None, trust_pyth
             raise UserError(f"no file at {path}", "restore or remake the folder")
         if sha256(path) != expected:
             raise UserError(f"{path} is torn or was altered: its checksum differs from the recorded one", "restore or remake it")
+    if (folder / "adapter_config.json").is_file():
+        if model is None and not note.get("base"):
+            raise UserError(
+                f"{folder} holds an adapter, and does not say of which network", "name the network: teacher or student with `weights`"
+            )
+        from limbeck.zoo.hub import build_hub
+
+        base = model if model is not None else build_hub(note["base"])
+        return load_adapter(folder, base.get_base_model() if is_adapted(base) else base).train()
+    if is_sentence_folder(folder):
+        return load_sentence(folder, note.get("files", {})).train()
     if not note or (folder / NOTE).is_file():
         from limbeck.zoo.hub import build_hub
 

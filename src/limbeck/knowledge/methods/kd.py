@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class KD(Distiller):
     """Match the teacher's softened class probabilities, beside the labels.
 
     loss = (1 - alpha) * CE(student, label) + alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T))
-    Logits are (B, C). Samples without label take part in the second term only.
+    Logits are (B, C), of language models (N, V) of the scored tokens. Samples without label take part in the second term only.
     """
 
     card = Card(
@@ -34,12 +35,14 @@ class KD(Distiller):
         certainty="recalled",
     )
 
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "language")
+
     temperature: float = setting(4.0, "T, softens both distributions; 4 is the CIFAR literature's habit, the paper tried 1 to 20", above=0)
     alpha: float = setting(0.9, "weight of the teacher's term; the labels get the rest", at_least=0, at_most=1)
 
     def loss(self, batch: Batch, student: Signals, teacher: Signals, clock: Clock) -> dict[str, Tensor]:
         """`kl`, and `ce` unless the teacher's term has all the weight."""
-        terms = {"kl": self.alpha * self.task.soft_loss(student.logits, teacher.logits, self.temperature)}
+        terms = {"kl": self.alpha * self.task.soft_loss(student.scores, teacher.scores, self.temperature)}
         if self.alpha < 1:
-            terms["ce"] = (1 - self.alpha) * self.hard(batch, student.logits)
+            terms["ce"] = (1 - self.alpha) * self.hard(batch, student.scores)
         return terms

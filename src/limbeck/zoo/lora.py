@@ -1,0 +1,85 @@
+"""Low-rank adapters on transformers models through peft: trained, saved and opened as adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from limbeck.errors import UserError
+
+_KINDS = {"causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "multiclass": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError("peft is not installed", "`pip install 'limbeck[lora]'`") from None
+    return peft
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `adapt` made it."""
+    return any(kind.__module__.startswith("peft.") and kind.__name__ == "PeftModel" for kind in type(model).__mro__)
+
+
+def adapt(
+    model: nn.Module,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+    kind: str = "causal-lm",
+) -> nn.Module:
+    """Freeze a transformers model and train low-rank updates of its linear layers instead (Hu et al. 2021, arXiv:2106.09685).
+
+    Args:
+        model: of transformers; it is changed in place.
+        rank: r.
+        alpha: the update is scaled by alpha / r.
+        dropout: of the adapters' inputs while training.
+        targets: names of the layers ("q_proj"); None for peft's choice for this architecture.
+        kind: of the task.
+
+    Returns:
+        A `peft.PeftModel`; only the adapters ask for gradients.
+
+    Raises:
+        UserError: peft is missing, the model is not of transformers, or no layer has such a name.
+    """
+    peft = _peft()
+    if not hasattr(model, "config"):
+        raise UserError(f"an adapter for {type(model).__name__}", "adapters go into models of transformers: hf:, llama, gpt2, t5, bert")
+    task = _KINDS.get(kind)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=None if targets is None else list(targets), task_type=task
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        names = sorted({path.rpartition(".")[2] for path, part in model.named_modules() if isinstance(part, nn.Linear)})
+        raise UserError(f"adapter: {str(error).splitlines()[0]}", f"its linear layers are {', '.join(names[:12])}") from None
+
+
+def save_adapter(model: nn.Module, folder: Path) -> str:
+    """Write the adapter as peft does; returns the reference of the network that it belongs to ("" when it has none)."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    base = model.get_base_model()  # type: ignore[operator]
+    return str(getattr(base, "name_or_path", "") or "")
+
+
+def load_adapter(folder: Path, base: nn.Module) -> nn.Module:
+    """The network with its adapter, as it was saved.
+
+    Raises:
+        UserError: the adapter does not fit the network.
+    """
+    peft = _peft()
+    try:
+        return peft.PeftModel.from_pretrained(base, str(folder))
+    except (RuntimeError, ValueError, OSError) as error:
+        what = f"the adapter in {folder} does not fit {type(base).__name__}: {str(error).splitlines()[0]}"
+        raise UserError(what, "name its own base") from None
