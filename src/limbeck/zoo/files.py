@@ -167,11 +167,11 @@ def load_model(folder: str | Path, *, model: nn.Module | None = None, trust_pyth
         base = model if model is not None else build_hub(note["base"])
         return load_adapter(folder, base.get_base_model() if is_adapted(base) else base).train()
     if is_sentence_folder(folder):
-        return load_sentence(folder, note.get("files", {})).train()
+        return _into(model, load_sentence(folder, note.get("files", {})), folder)
     if not note or (folder / NOTE).is_file():
         from limbeck.zoo.hub import build_hub
 
-        return build_hub(str(folder.resolve())).train()
+        return _into(model, build_hub(str(folder.resolve())), folder)
     if model is None:
         model = _rebuild(note, folder, trust_python)
     tensors = load_tensors(folder / WEIGHTS, note.get("files", {}).get(WEIGHTS))
@@ -182,6 +182,17 @@ def load_model(folder: str | Path, *, model: nn.Module | None = None, trust_pyth
     except RuntimeError as error:
         raise UserError(f"the weights in {folder} do not fit {type(model).__name__}: {error}", "give the network they came from") from None
     _retie(model, tied)
+    return model
+
+
+def _into(model: nn.Module | None, loaded: nn.Module, folder: Path) -> nn.Module:
+    """What was loaded; where an instance was given, that one with the loaded weights (it knows more, such as its kind of attention)."""
+    if model is None:
+        return loaded.train()
+    try:
+        model.load_state_dict(loaded.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"the weights in {folder} do not fit {type(model).__name__}: {error}", "give the network they came from") from None
     return model
 
 

@@ -5,7 +5,7 @@ from limbeck.data.text.open import is_text, open_text
 from limbeck.data.text.pairs import PairSplit
 from limbeck.data.text.ragged import Ragged
 from limbeck.data.text.retrieval import RetrievalSplit
-from limbeck.data.text.sources import EMBEDDED, FOREIGN
+from limbeck.data.text.sources import EMBEDDED, FOREIGN, listing
 from limbeck.data.text.tokens import check_tokenizers, mark_of
 from limbeck.data.text.windows import WindowSplit
 
@@ -19,6 +19,7 @@ __all__ = [
     "WindowSplit",
     "check_tokenizers",
     "is_text",
+    "listing",
     "mark_of",
     "open_text",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from limbeck.data.text import domains, foreign, stdlib, words
+from limbeck.data.text import domains, foreign, hub, stdlib, words
 from limbeck.data.text.rows import Corpus
 
 EMBEDDED: dict[str, Callable[..., Corpus]] = {
@@ -24,9 +24,20 @@ FOREIGN: dict[str, Callable[..., Corpus]] = {
     "jsonl": foreign.read_jsonl,
     "csv": foreign.read_csv,
     "parquet": foreign.read_parquet,
-    "hf": foreign.read_hub,
+    "hf": hub.read_hub,
 }
 """Kinds of foreign texts, written before a colon."""
 
 TEXT_ONLY = ("text", "jsonl")
 """Kinds of `FOREIGN` that can only be texts."""
+
+_TASKS = {"stdlib-retrieval": "embedding", "stdlib-windows": "classification", "tables-in-words": "seq2seq"}
+
+
+def listing() -> list[dict[str, str]]:
+    """One row for each embedded source: name, task (causal-lm, seq2seq, embedding, classification) and what it is."""
+    rows = []
+    for name, reader in EMBEDDED.items():
+        about = (reader.__doc__ or "").splitlines()[0]
+        rows.append({"name": name, "task": _TASKS.get(name, "causal-lm"), "source": about})
+    return rows

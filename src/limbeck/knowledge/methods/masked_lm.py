@@ -51,7 +51,7 @@ class MaskedLM(Distiller):
     )
     teacher_kind: ClassVar[str] = "none"
     teacher_wants: ClassVar[tuple[str, ...]] = ()
-    student_wants: ClassVar[tuple[str, ...]] = ("stages",)
+    student_wants: ClassVar[tuple[str, ...]] = ("logits", "stages")
 
     share: float = setting(0.15, "of the tokens that are hidden (BERT)", above=0, at_most=1)
 

@@ -74,6 +74,11 @@ class ModularStarEncoder(Distiller):
     contrastive: float = setting(1.0, "weight of the retrieval loss", at_least=0)
     teaching: float = setting(1.0, "weight of the teacher's embeddings; 0 is the paper, which has no teacher", at_least=0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.teaching:
+            self.teacher_kind = "none"  # type: ignore[misc]
+
     def wrap(self, student: nn.Module, example: Batch) -> nn.Module:
         """The student's encoder with a head at every exit.
 
@@ -99,15 +104,13 @@ class ModularStarEncoder(Distiller):
     def setup(self, pair: Pair) -> None:
         """Give the heads the teacher's width where there is a teacher."""
         assert isinstance(pair.student, MultiExit)
-        if "query" not in pair.teacher_signals:
-            if self.teaching:
-                raise UserError(f"{self.card.id} needs a teacher for its term `teaching`", "name a teacher, or set method.teaching=0")
+        if not self.teaching:
             return
         width = pair.teacher_signals.query.shape[-1]
-        if self.teaching and len(pair.data.train) <= REMEMBERED:
+        if len(pair.data.train) <= REMEMBERED:
             blank = torch.zeros(len(pair.data.train), 2, width, device=pair.device)
             self.state = {"said": blank, "seen": torch.zeros(len(blank), dtype=torch.bool, device=pair.device)}
-        if self.teaching and width != pair.student_signals.query.shape[-1]:
+        if width != pair.student_signals.query.shape[-1]:
             pair.student.heads = nn.ModuleList(head(pair.student.encoder.config.hidden_size, width) for _ in pair.student.exits)
             pair.student.to(pair.device)
 

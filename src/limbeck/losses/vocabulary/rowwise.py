@@ -19,7 +19,8 @@ def rowwise(function: Callable[..., Tensor], student: Law, *others: Law | Tensor
     Args:
         function: takes `(n, V)` logits of the student in float32 and, for each of `others`, the same rows: logits `(n, V)` of a `Law`,
             entries `(n, ...)` of a tensor. Returns `(n,)`. It must treat rows apart from each
-            other and give the same when called again (torch's random state is put back).
+            other (or those of a chunk together, where `chunk` says which these are) and give the same when called again (torch's
+            random state is put back).
         student: N positions.
         others: laws or tensors `(N, ...)`. Gradients pass through them as well; a teacher is detached by the caller.
         chunk: rows at a time; `chunk_rows` unless given.

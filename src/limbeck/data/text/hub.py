@@ -1,0 +1,87 @@
+"""Hugging Face data sets as texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from limbeck.data.text.foreign import Records, file_identity, records_corpus
+from limbeck.data.text.rows import Corpus
+from limbeck.errors import UserError
+
+
+def read_hub(
+    path: str, shares: dict[str, float], seed: int = 0, columns: dict[str, str] | None = None, chat: bool = False,
+    label: str | None = None, kind: str = "auto", streaming: bool = False, config: str | None = None,
+) -> Corpus:  # fmt: skip
+    """A Hugging Face data set by id, or a folder that it wrote or can read.
+
+    Args:
+        path: id or folder.
+        shares, seed, columns, chat, label, kind: as `read_records`.
+        streaming: read rows as they come instead of preparing the whole set first.
+        config: which configuration.
+
+    Raises:
+        UserError: `datasets` is not installed, or the data set cannot be opened.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("datasets is not installed", "`pip install 'limbeck[hf]'`") from None
+    folder = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) and not folder.exists():
+        raise UserError(f"no folder at {folder}", "check the path after hf:")
+    saved = any((folder / n).is_file() for n in ("dataset_dict.json", "state.json"))
+    try:
+        if saved:
+            loaded = datasets.load_from_disk(str(folder))
+            if streaming:
+                one = isinstance(loaded, datasets.Dataset)
+                loaded = loaded.to_iterable_dataset() if one else {part: rows.to_iterable_dataset() for part, rows in loaded.items()}
+        else:
+            loaded = datasets.load_dataset(str(folder) if folder.is_dir() else path, config, streaming=streaming)
+    except Exception as error:  # the library raises a dozen kinds, all about the id, the files or the network
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be opened: {why}", "check the id or folder; hub ids need the network or a filled cache") from None
+    parts = dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
+    identity, reads = _hub_identity(path, config, parts), _hub_reads(path, parts)
+    return records_corpus(f"hf:{path}", identity, reads, shares, seed, columns, chat, label, kind)
+
+
+def _hub_reads(path: str, parts: dict[str, Any]) -> dict[str, Records]:
+    """Readers by our names of the parts; validation stands in for a test part that is not there."""
+    named = {{"validation": "valid", "val": "valid", "dev": "valid"}.get(part, part): rows for part, rows in parts.items()}
+    if "test" not in named and "valid" in named:
+        named["test"] = named.pop("valid")
+    if len(named) == 1:
+        named = {"all": next(iter(named.values()))}
+    elif "train" not in named or "test" not in named:
+        if "train" not in named:
+            raise UserError(f"{path} has no train part, only {', '.join(parts)}", "name one of them train")
+        named = {"all": named["train"]}
+
+    def read(part: str, rows: Any) -> Iterator[tuple[dict[str, Any], str]]:
+        for number, record in enumerate(rows):
+            yield record, f"{path}, {part} row {number}"
+
+    return {part: partial(read, part, rows) for part, rows in named.items() if part in ("all", "train", "test", "valid")}
+
+
+def _hub_identity(path: str, config: str | None, parts: dict[str, Any]) -> list[Any]:
+    """What a data set is known by: the fingerprints of `datasets`; of a stream its builder's version, files and times of change."""
+    marks = {}
+    for part, rows in parts.items():
+        mark = getattr(rows, "_fingerprint", None)
+        if mark is None:
+            info = rows.info
+            sums = info.download_checksums or {}
+            marks[part] = [str(info.version), info.builder_name, info.config_name, sorted(map(str, sums)), info.dataset_size]
+        else:
+            marks[part] = mark
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return ["hf", config, path, marks]
+    return ["hf", config, [[f.relative_to(folder).as_posix(), *file_identity(f)[1:]] for f in sorted(folder.rglob("*")) if f.is_file()]]
