@@ -31,6 +31,16 @@ OWN["ddk/language"] = {
     "data": {"source": "stdlib-domains", "train": 200, "test": 50, "valid": 50},
     "method": {"id": "ddk", "interval": 3, "samples": 4},
 }
+OWN["sequence-kd/language"] = {"method": {"id": "sequence-kd", "temperature": 1.0, "tokens": 8}}
+OWN["universal-logit/language"] = {"teacher": {**TINY_TEXT["teacher"], "text": {"tokenizer": "bpe:400", "length": 40}}}
+OWN["distilling-step-by-step/language"] = {
+    "student": {"model": "t5", "args": {"layers": 1, "width": 16, "heads": 2}},
+    "data": {"source": "tables-in-words", "args": {"explain": "tree"}, "train": 40, "test": 12},
+    "text": {"tokenizer": "bpe:320", "length": 96},
+    "method": {"id": "distilling-step-by-step", "labelled": 12},
+}
+OWN["matryoshkakv/language"] = {"student": {"model": "teacher"}, "method": {"id": "matryoshkakv", "samples": 8, "search_step": 0.5}}
+OWN["mgsr/language"] = {"method": {"id": "mgsr", "tokens": 6}}
 """What a method needs beyond the tiny recipe of its family."""
 
 

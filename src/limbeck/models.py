@@ -150,6 +150,8 @@ def build(spec: schema.Model, data: Data, seed: int, role: str) -> nn.Module:
                         f"{path} does not fit {spec.model}: {str(error).splitlines()[-1]}", "give the weights of this very network"
                     ) from None
         if spec.adapter is not None:
+            if spec.weights and hasattr(network, "name_or_path"):
+                network.name_or_path = ""  # other weights than those of the folder that it came from, see `zoo.lora.save_adapter`
             network = zoo.adapt(network, **spec.adapter.model_dump(), kind=data.kind)
     except UserError as error:
         raise UserError(f"{role}: {error.message}", error.hint) from None

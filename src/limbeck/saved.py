@@ -12,10 +12,14 @@ from limbeck import recipe as schema
 from limbeck.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from limbeck.data import Data
+    from limbeck.data.batch import Batch
     from limbeck.engine.session import Session
+    from limbeck.tasks import Task
+
+_MAY_CHANGE = ("data", "text", "evaluation", "device", "threads", "task")
 
 
 @dataclass
@@ -105,19 +109,29 @@ def data_of(saved: Saved, source: str | None = None, changes: Sequence[str] = ()
     from limbeck.models import open_recipe_data
 
     for change in changes:
-        if not change.startswith(("data", "evaluation", "device", "threads", "task")):
-            raise UserError(
-                f"--set {change} changes nothing here", "only data, evaluation, task, device and threads can be set for a saved student"
-            )
+        if not change.startswith(_MAY_CHANGE):
+            offer = "only data, text, evaluation, task, device and threads can be set for a saved student"
+            raise UserError(f"--set {change} changes nothing here", offer)
     raw: dict[str, Any] = {"student": {"model": "object:saved"}} if saved.recipe is None else saved.recipe.data_as_written()
     if source is not None:
         raw["data"] = {"source": source}
     elif saved.recipe is None and not any(change.startswith("data") for change in changes):
         raise UserError(f"{saved.folder} does not tell on which data", "add --data SOURCE (`limbeck data` lists the embedded sets)")
+    if (saved.folder / "tokenizer.json").is_file():
+        raw["text"] = _own_tokens(saved, dict(raw.get("text") or {}))
     recipe = schema.resolve(raw, "the run's recipe", changes)
     if recipe.data.source.startswith("object:"):
         raise UserError("the run's data was a Python object, which no file keeps", "add --data SOURCE, for example --data csv:my.csv")
     return recipe, open_recipe_data(recipe.data, None, recipe)
+
+
+def _own_tokens(saved: Saved, text: dict[str, Any]) -> dict[str, Any]:
+    """The `text` block with the student's own tokenizer, whatever data it reads; alone, it reads as much as its positions allow."""
+    text["tokenizer"] = f"hf:{saved.folder.resolve()}"
+    if saved.recipe is None:
+        context = getattr(getattr(saved.network, "config", None), "max_position_embeddings", None)
+        text.setdefault("length", min(128, context or 128))
+    return text
 
 
 def _session(saved: Saved, recipe: schema.Recipe, data: Data) -> Session:
@@ -141,7 +155,6 @@ def measure(saved: Saved, source: str | None = None, changes: Sequence[str] = ()
         UserError: the data does not fit the student, or has no labels.
     """
     from limbeck.evaluation.cost import cost
-    from limbeck.evaluation.predict import predict
     from limbeck.models import task_of
 
     recipe, data = data_of(saved, source, changes)
@@ -150,16 +163,15 @@ def measure(saved: Saved, source: str | None = None, changes: Sequence[str] = ()
     session = _session(saved, recipe, data)
     task = task_of(recipe, data)
     data = data.to(session.device)
-    logits, labels = predict(saved.network, data.test, recipe.evaluation.batch, session.device)
-    if labels is None:
+    metrics = task.measure(saved.network, data.test, recipe.evaluation.batch, session.device, full=True).metrics
+    if not metrics:
         raise UserError(f"the test part of {data.name} has no labels, so nothing can be measured", "give a labelled test split")
-    metrics = task.metrics(logits, labels)
     summary = saved.summary or {}
     before = (summary.get("data") or {}).get("fingerprint")
     return {
         "path": str(saved.folder),
         "metrics": metrics,
-        "cost": cost(saved.network, data.example(1).to(session.device).inputs).as_dict(),
+        "cost": cost(saved.network, task.cost_inputs(saved.network, data.example(1).to(session.device))).as_dict(),
         "data": data.describe(),
         "recorded": (summary.get("metrics") or {}).get("student"),
         "same_data": None if before is None else before == data.fingerprint,
@@ -194,27 +206,22 @@ def hand_on(saved: Saved, form: str, out: Path | None = None, source: str | None
 
     Args:
         saved: the student.
-        form: "onnx", "safetensors" or "hf" (for models of the transformers library).
+        form: "onnx", "safetensors" or "hf" (for models of the transformers library; adapters are merged into their network).
         out: the file (onnx) or folder; by default in `export/` of the run's folder.
         source, changes: the data to check with, see `data_of`.
 
     Returns:
-        `path`, `bytes`, `max_abs_difference` of the logits, `samples` that were compared, and what the format adds.
+        `path`, `bytes`, `max_abs_difference` of the logits (or embeddings), `samples` that were compared, and what the format adds.
 
     Raises:
         UserError: the student cannot be written so, or what was written differs.
     """
     import torch
 
-    from limbeck.signals import Reader
+    from limbeck.models import task_of
     from limbeck.zoo.export import export_onnx
-    from limbeck.zoo.files import _is_transformers
 
-    if form == "hf" and not _is_transformers(saved.network):
-        kind = type(saved.network).__name__
-        raise UserError(
-            f"--format hf is for models of transformers, and this student is of the class {kind}", "use --format safetensors or onnx"
-        )
+    _check_form(saved.network, form)
     base = (saved.run or saved.folder) / "export"
     target = out or (base / "student.onnx" if form == "onnx" else base / form)
     if form == "onnx" and target.is_dir():
@@ -224,19 +231,48 @@ def hand_on(saved: Saved, form: str, out: Path | None = None, source: str | None
     recipe, data = data_of(saved, source, changes)
     recipe = recipe.model_copy(update={"device": "cpu"})
     _session(saved, recipe, data)
-    inputs = data.test.batch(torch.arange(min(64, len(data.test)))).inputs
+    task, batch = task_of(recipe, data), data.test.batch(torch.arange(min(64, len(data.test))))
     if form == "onnx":
-        return {"format": form, **export_onnx(saved.network, inputs, target, real_inputs=inputs)}
+        inputs = task.cost_inputs(saved.network, batch)
+        made = export_onnx(saved.network, inputs, target, real_inputs=inputs)
+        return {"format": form, **made, **({} if task.classes else {"top1_agreement": None})}
     again = _write_folder(saved, form, target, data)
     with torch.no_grad():
-        said, expected = (Reader(model.eval(), ("logits",))(inputs).logits for model in (again, saved.network))
+        said, expected = (_said(model.eval(), task, batch) for model in (again, saved.network))
     difference = _largest(said, expected)
     if difference > 1e-5 * max(1.0, float(expected.abs().max())):
         raise UserError(
             f"what was written to {target} differs from the student by {difference:.3g}", "does the model act at random in evaluation mode?"
         )
-    size = sum(file.stat().st_size for file in target.iterdir() if file.is_file())
-    return {"format": form, "path": str(target), "bytes": size, "max_abs_difference": difference, "samples": len(expected)}
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    return {"format": form, "path": str(target), "bytes": size, "max_abs_difference": difference, "samples": len(batch)}
+
+
+def _check_form(network: nn.Module, form: str) -> None:
+    """Refuse what cannot be written in a form."""
+    from limbeck.zoo.files import _is_transformers
+    from limbeck.zoo.lora import is_adapted
+    from limbeck.zoo.sentence import SentenceEncoder
+
+    kind = type(network).__name__
+    if form == "hf" and not (_is_transformers(network) or is_adapted(network) or isinstance(network, SentenceEncoder)):
+        raise UserError(
+            f"--format hf is for models of transformers, and this student is of the class {kind}", "use --format safetensors or onnx"
+        )
+    if form == "onnx" and getattr(getattr(network, "config", None), "is_encoder_decoder", False):
+        raise UserError(
+            f"--format onnx is for one pass, and a {kind} writes by two networks with a memory in between", "use --format hf or safetensors"
+        )
+
+
+def _said(network: nn.Module, task: Task, batch: Batch) -> Tensor:
+    """What two copies of a student are compared by: logits `(N, C)`, or embeddings."""
+    import torch
+
+    said = task.reader(network, ("logits",), grad=False)(batch)
+    if task.family == "embedding":
+        return torch.cat([said.query, said.document])
+    return said.law.logits() if task.family == "language" else said.logits
 
 
 def _write_folder(saved: Saved, form: str, target: Path, data: Data) -> nn.Module:
@@ -247,15 +283,20 @@ def _write_folder(saved: Saved, form: str, target: Path, data: Data) -> nn.Modul
     card = _card(saved)
     target.mkdir(parents=True, exist_ok=True)
     storage.write_text(target / ".exported", "by limbeck export; it may be written again\n")
+    network = saved.network
+    if data.text is not None:
+        data.text.tokenizer.save_pretrained(target)
     if form == "hf":
-        from limbeck.zoo.hub import build_hub
+        from limbeck.zoo.lora import is_adapted
 
-        zoo.save_model(saved.network, target, card=card)
-        return build_hub(str(target.resolve()))
-    made = getattr(saved.network, "limbeck_config", None) or {}
+        if is_adapted(network):
+            network = copy.deepcopy(network).merge_and_unload()  # type: ignore[operator]
+        zoo.save_model(network, target, card=card)
+        return zoo.load_model(target.resolve())
+    made = getattr(network, "limbeck_config", None) or {}
     config = {**made, "classes": list(data.classes), "input_shape": list(data.input_shape), "labels": data.kind}
-    export_safetensors(saved.network, target, config)
+    export_safetensors(network, target, config)
     storage.write_text(target / "README.md", card)
-    again = copy.deepcopy(saved.network)
+    again = copy.deepcopy(network)
     again.load_state_dict(storage.load_tensors(target / "model.safetensors"))
     return again

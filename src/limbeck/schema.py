@@ -132,7 +132,9 @@ class Model(Strict):
 
     `model`: an embedded network (`limbeck inspect --list`), `hf:<folder or hub id>`, `timm:<name>`, `python:package.module:factory`,
     or a folder that limbeck saved. `weights`: a .safetensors file or such a folder. `adapter`: train low-rank adapters of a transformers
-    model instead of its weights. `train`: train it first, on the recipe's data.
+    model instead of its weights. `train`: train it first, on the recipe's data. `text`: of a teacher that reads other tokens than the
+    student: the keys of the recipe's `text` block that are others for it, `{tokenizer: bpe:1024}`; a folder with another tokenizer needs
+    none.
     """
 
     model: str
@@ -140,6 +142,7 @@ class Model(Strict):
     weights: str | None = None
     adapter: Adapter | None = None
     train: Schooling | None = None
+    text: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

@@ -18,7 +18,7 @@ def cache(
     form: Annotated[
         str, typer.Option(help="float16 (half the bytes), float32 (every bit), or topk (the K largest logits and the mass of the rest).")
     ] = "float16",
-    top_k: Annotated[int | None, typer.Option(help="How many logits the form topk keeps.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", "--k", help="How many logits the form topk keeps.")] = None,
     signals: Annotated[
         str | None,
         typer.Option(
@@ -33,7 +33,9 @@ def cache(
     before anything is written. The store is bound to this teacher and this data by fingerprints: a run with others refuses it.
     Ctrl-C is safe: the same command goes on.
 
-    Examples: limbeck cache digits --out stores/digits | limbeck cache digits --out stores/top --form topk --top-k 3
+    Of a language model a row is a scored token, and the form topk is the one to take: 64 of a vocabulary of 32,000 are 324 bytes.
+
+    Examples: limbeck cache digits --out stores/digits | limbeck cache lm --out stores/lm --form topk --top-k 64
 
     limbeck run digits --set teacher.store=stores/digits   (trains from what was stored)
     """
@@ -54,7 +56,7 @@ def cache(
     from limbeck.report.tables import human
 
     def say(planned: Written) -> None:
-        what = f"{planned.samples} samples, {planned.bytes_per_sample} bytes each ({planned.form}: {', '.join(planned.signals)})"
+        what = f"{planned.samples} {planned.rows}, {planned.bytes_per_sample} bytes each ({planned.form}: {', '.join(planned.signals)})"
         typer.echo(f"to store: {what}, at most {human(planned.bytes, 'B')} in {planned.folder}", err=True)
 
     callbacks = [] if quiet else [Progress()]
@@ -74,5 +76,6 @@ def cache(
         for callback in callbacks:
             callback.close()
     mark = "already complete: " if done.found else ""
-    print(f"{mark}{done.samples} samples, {done.bytes_per_sample} bytes a sample, {human(done.bytes, 'B')} in {done.folder}")
+    size = f"{done.samples} {done.rows}, {done.bytes_per_sample} bytes a {done.rows[:-1]}"
+    print(f"{mark}{size}, {human(done.bytes, 'B')} in {done.folder}")
     print(f"train from it: limbeck run {shlex.quote(recipe)}{given} --set teacher.store={shlex.quote(str(done.folder))}")

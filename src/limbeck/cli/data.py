@@ -12,12 +12,15 @@ def data() -> None:
     from rich.table import Table
 
     from limbeck.data import listing
+    from limbeck.data.text import listing as texts
 
-    rows = listing()
-    table = Table(box=None, pad_edge=False)
-    for key in rows[0]:
-        table.add_column(key, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+    for rows in (listing(), texts()):
+        table = Table(box=None, pad_edge=False)
+        for key in rows[0]:
+            table.add_column(key, overflow="fold")
+        for row in rows:
+            table.add_row(*(str(value) for value in row.values()))
+        Console().print(table)
+        print()
     print("your own: hf:<id or folder>  folder:<images>  csv:<file>  parquet:<file>  idx:<folder>")
+    print("texts:    text:<folder or pattern>  jsonl:<file>, and with a `text` block in the recipe csv:, parquet: and hf: too")

@@ -18,7 +18,7 @@ def plan(
     """Tell what a recipe will cost before it runs: parameters, memory, time, disk, and which features pair up.
 
     Sizes are counted; the time of a step is measured by a few dry steps on copies of the models (an untrained teacher costs what a
-    trained one does). Nothing is trained, and no file is written.
+    trained one does). Nothing is trained, and no file is written (the tokens of texts are made when they are first opened, and kept).
 
     Examples: limbeck plan digits | limbeck plan digits --set training.batch=256 --set student.args.width=16 | limbeck plan my.yaml --json
     """
@@ -47,12 +47,15 @@ def _print(found: Any, keep: int, folder: str) -> None:
     from limbeck.report.tables import duration, human, milliseconds
 
     console, data = Console(), found.data
-    samples = f"{data['train']} training samples ({data['labelled']} with a label), {data['test']} test samples"
+    labelled = f" ({data['labelled']} with a label)" if data["classes"] else ""
+    samples = f"{data['train']} training samples{labelled}, {data['test']} test samples"
     print(f"{found.method} on {data['name']}: {samples}, {found.device}\n")
     models = _table("model", "parameters", "FLOPs a sample", "size on disk")
     for role, row in found.models.items():
         models.add_row(role, human(row["params"]), human(row["flops"], "FLOP"), human(row["bytes"], "B"))
     console.print(models)
+    if found.example:
+        print(f"(FLOPs are those of the first sample, {found.example['tokens']} tokens)")
     print()
     phases = _table("phase", "steps", "batch", "a step", "time", "memory", "a checkpoint")
     for phase in found.phases:
@@ -85,8 +88,10 @@ def _print(found: Any, keep: int, folder: str) -> None:
 def _print_store(store: dict[str, Any]) -> None:
     from limbeck.report.tables import human
 
-    top = f", top-{store['k']} {human(store['topk'], 'B')}" if "topk" in store else ""
-    print(f"cache:   `limbeck cache` would store {', '.join(store['signals'])}: float16 {human(store['float16'], 'B')}{top}")
+    each, row = store["row_bytes"], store["row"]
+    top = f", top-{store['k']} {human(store['topk'], 'B')} ({human(each['topk'], 'B')} a {row})" if "topk" in store else ""
+    whole = f"float16 {human(store['float16'], 'B')} ({human(each['float16'], 'B')} a {row})"
+    print(f"cache:   `limbeck cache` would store {', '.join(store['signals'])} of {store['rows']} {row}s: {whole}{top}")
     if store["speed_bound"]:
         print(f"         a step can become at most {store['speed_bound']:.2f} times as fast with it: 1 + F_teacher / (3 F_student)")
 

@@ -59,9 +59,10 @@ def print_result(result) -> None:
 
     from limbeck.report.tables import headline, run_table
 
-    console = Console()
+    console, table = Console(), run_table(result.summary)
     console.print()
-    console.print(run_table(result.summary))
+    wanted = Console(width=200).measure(table).maximum
+    (console if wanted <= console.width else Console(width=wanted)).print(table)  # figures that are cut off say nothing
     console.print(headline(result.summary), highlight=False, markup=False, soft_wrap=True)
     for name, text in result.summary.get("notes", {}).items():
         console.print(f"{name}: {text}", highlight=False, style="dim", soft_wrap=True)

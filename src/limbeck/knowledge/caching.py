@@ -30,7 +30,7 @@ SHARDS = 1000
 
 @dataclass
 class Written:
-    """What a store is: its folder, samples, the shapes and form of what it holds, bytes, and whether it was complete already."""
+    """What a store is: its folder, rows, the shapes and form of what it holds, bytes, whether it was complete already, what a row is."""
 
     folder: Path
     samples: int
@@ -39,6 +39,7 @@ class Written:
     bytes_per_sample: int
     bytes: int
     found: bool
+    rows: str = "samples"
 
 
 def _teacher(recipe: schema.Recipe, networks: Mapping[str, nn.Module], wants: tuple[str, ...], task: Task) -> Teacher:
@@ -134,6 +135,7 @@ def store_teacher(
     _check_folder(folder)
     data = models.open_recipe_data(recipe.data, None, recipe)
     networks = models.teacher_networks(recipe, data, session, {})
+    models.check_tokens(networks, data)
     task = models.task_of(recipe, data)
     if task.family == "language" and wants not in (("logits",), ("law",)):
         raise UserError(f"of a language model only next-token distributions can be stored, not {', '.join(wants)}", "add --signals logits")
@@ -144,16 +146,16 @@ def store_teacher(
         shapes = {"logits": (task.text.vocabulary,)}
         counts = scored_counts(data.train, task)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        rows, write = int(starts[-1]), partial(_write_tokens, starts=starts, k=k if form == "topk" else None)
+        unit, rows, write = "tokens", int(starts[-1]), partial(_write_tokens, starts=starts, k=k if form == "topk" else None)
     elif task.family == "classification":
         shapes = {name: tuple(value.shape[1:]) for name, value in flat(teacher(on_device.example(2).to(session.device)), wants).items()}
-        rows, write = len(data.train), _write
+        unit, rows, write = "samples", len(data.train), _write
     else:
         raise UserError(f"outputs of a teacher of {task.kind} cannot be stored", "use the teacher itself")
     layout = Layout(shapes, form, k)
     shard = max(1024 if rows == len(data.train) else 16384, -(-rows // SHARDS))
     total = plan_bytes(rows, shapes, form, k, shard_size=shard)
-    announce(Written(folder, rows, shapes, form, layout.bytes_per_sample, total, False))
+    announce(Written(folder, rows, shapes, form, layout.bytes_per_sample, total, False, unit))
 
     from filelock import FileLock, Timeout
 
@@ -179,7 +181,7 @@ def store_teacher(
         finally:
             lock.release()
     on_disk = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
-    return Written(folder, rows, shapes, form, layout.bytes_per_sample, on_disk, found)
+    return Written(folder, rows, shapes, form, layout.bytes_per_sample, on_disk, found, unit)
 
 
 def _write_tokens(

@@ -151,6 +151,13 @@ class Distiller(Method):
         """
         return data
 
+    def for_measuring(self, data: Data) -> Data:
+        """The data on which the student is measured at the end, made from what the recipe names; by default that itself.
+
+        For methods whose student reads its inputs in a form of their own (a word in front that names the task).
+        """
+        return data
+
     def wants(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The signals to read from the student and from the teacher; by default the two class attributes."""
         return self.student_wants, self.teacher_wants

@@ -51,6 +51,9 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         raise UserError("precision fp16 needs a GPU, and this run is on the processor", "set precision=bf16 or precision=no")
     networks = models.teacher_networks(recipe, data, session, given)
     session.digest += data.fingerprint
+    if cut := getattr(data.train, "cut", 0):
+        most = f"text.length {data.input_shape[0]}" if data.input_shape else "text.length"
+        session.notes.append(f"{cut} of {len(data.train)} training texts lost tokens: they do not fit into {most} (or text.prompt_length)")
     if "teacher" in given:  # an object has no reference that the recipe could bind a checkpoint to; its weights are what binds
         session.digest += "".join(model_fingerprint(network) for network in networks.values())
     on_device = data.to(session.device)
@@ -108,7 +111,10 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
             session.notes.append("ceiling: no label is hidden, so the student alone is its own ceiling")
         else:
             found["ceiling"] = _alone("ceiling", start, on_device.with_all_labels(), task, recipe, session, total)
-    return _measure(found, method, on_device, task, recipe, session, phase)
+    foreign = None
+    if any(hasattr(network, "limbeck_text") for network in networks.values()):
+        foreign = models.in_own_tokens(next(iter(recipe.teacher.models.values())), recipe, data, given.get("data"))[1]
+    return _measure(found, method, on_device, task, recipe, session, phase, foreign)
 
 
 def _stage_data(recipe: schema.Recipe, stage: schema.Stage, data: Data, session: Session, opened: dict[str, Data]) -> Data:
@@ -187,7 +193,14 @@ class _Whole(nn.Module):
 
 
 def _measure(
-    found: Mapping[str, nn.Module | Teacher], method: Any, data: Data, task: Task, recipe: Any, session: Session, phase: str
+    found: Mapping[str, nn.Module | Teacher],
+    method: Any,
+    data: Data,
+    task: Task,
+    recipe: Any,
+    session: Session,
+    phase: str,
+    foreign: Data | None = None,
 ) -> Outcome:
     costs: dict[str, dict[str, Any]] = {}
     if recipe.evaluation.final == "valid":
@@ -195,7 +208,18 @@ def _measure(
             raise UserError("evaluation.final is valid, and there is no validation split", "set data.valid, for example data.valid=0.2")
         data = replace(data, test=data.valid)
     example = data.example(1).to(session.device)
-    measured = {role: task.measure(model, data.test, recipe.evaluation.batch, session.device, full=True) for role, model in found.items()}
+    views = {role: method.for_measuring(data) if role == "student" else data for role in found}
+    tasks, examples = dict.fromkeys(found, task), dict.fromkeys(found, example)
+    if "teacher" in found and foreign is not None:
+        # a teacher with a tokenizer of its own is measured on its own tokens: of its figures those per byte compare
+        views["teacher"], tasks["teacher"] = foreign, models.task_of(recipe, foreign)
+        if recipe.evaluation.final == "valid":
+            views["teacher"] = replace(foreign, test=foreign.valid)
+        examples["teacher"] = foreign.example(1).to(session.device)
+    measured = {
+        role: tasks[role].measure(model, views[role].test, recipe.evaluation.batch, session.device, full=True)
+        for role, model in found.items()
+    }
     metrics = {role: said.metrics for role, said in measured.items()}
     if not metrics["student"]:
         raise UserError(f"the test part of {data.name} has no labels, so nothing can be measured", "give a labelled test split (data.test)")
@@ -204,16 +228,16 @@ def _measure(
         if recipe.evaluation.attack is not None and isinstance(model, nn.Module):
             metrics[role] |= _attacked(model, data, task, metrics[role], recipe, session)
         if role in ("teacher", "student"):
-            costs[role] = cost(network, task.cost_inputs(network, example)).as_dict()
+            costs[role] = cost(network, tasks[role].cost_inputs(network, examples[role])).as_dict()
     student = found["student"]
     assert isinstance(student, nn.Module)
-    metrics["student"] |= method.figures(student, data, task, session.device)
+    metrics["student"] |= method.figures(student, method.for_measuring(data), task, session.device)
     summary: dict[str, Any] = {"method": method.card.id, "wing": "knowledge", "metrics": metrics, "primary": task.primary, "cost": costs}
     summary["data"] = data.describe()
     if "ceiling" in metrics:
         summary["notes"] = {"ceiling": CEILING_NOTE}
     if task.family != "classification":
-        if "teacher" in found:
+        if "teacher" in found and foreign is None:
             near = {
                 role: task.compare(found[role], found["teacher"], data.test, recipe.evaluation.batch, session.device)
                 for role in ("baseline", "student")

@@ -13,13 +13,24 @@ from torch import nn
 from limbeck import recipe as schema
 from limbeck import zoo
 from limbeck.data import Data, open_data
+from limbeck.data.text import is_text, open_text
 from limbeck.errors import UserError
 from limbeck.knowledge import models
 from limbeck.signals import Anatomy, Pair, anatomy
 from limbeck.signals.inspection import pairs
+from limbeck.zoo.language import LANGUAGE, Tokens
+from limbeck.zoo.sentence import SentenceEncoder
 
 CLASSES = 10
 """Classes of a network whose data is not known."""
+
+TOKENS = {
+    name: Tokens(1024, 128, kind, pad=0, bos=2, eos=1, classes=CLASSES if kind == "classification" else None)
+    for name, kind in zip(LANGUAGE, ("causal-lm", "causal-lm", "seq2seq", "classification"))
+}
+"""What a language model is told of a tokenizer where no texts are named."""
+
+_NO_RECIPE = schema.Recipe(student=schema.Model(model="object:seen"))
 
 
 @dataclass
@@ -66,9 +77,14 @@ def is_recipe(reference: str) -> bool:
     return reference in schema.embedded() or Path(reference).suffix in (".yaml", ".yml")
 
 
+def inner(network: nn.Module) -> nn.Module:
+    """The network whose stages are looked for: of an encoder of sentences the encoder of tokens."""
+    return network.encoder if isinstance(network, SentenceEncoder) else network
+
+
 def _dry(name: str, network: nn.Module, inputs: Any) -> Subject:
     try:
-        return Subject(name, network, anatomy(network, inputs))
+        return Subject(name, network, anatomy(inner(network), inputs))
     except UserError:
         raise
     except Exception as error:  # a network may fail in any way; the message is all that helps
@@ -80,7 +96,11 @@ def _dry(name: str, network: nn.Module, inputs: Any) -> Subject:
 
 def _build(reference: str, data: Data | None, shape: tuple[int, ...] | None, args: Mapping[str, Any]) -> nn.Module:
     known: dict[str, Any] = {}
-    if data is not None:
+    if data is not None and data.text is not None:
+        known = {"tokens": models.tokens_of(data)}
+    elif data is None and reference in TOKENS:
+        known = {"tokens": TOKENS[reference]}
+    elif data is not None:
         known = {"input_shape": data.input_shape, "classes": len(data.classes) or CLASSES}
     elif shape is not None:
         known = {"input_shape": shape}
@@ -91,8 +111,10 @@ def _build(reference: str, data: Data | None, shape: tuple[int, ...] | None, arg
         reference = str(folder / "student")
     elif is_folder or kind == "hf":
         known.pop("classes", None)  # it has its own
-    elif known:
+    elif known and "tokens" not in known:
         known.setdefault("classes", CLASSES)
+    if is_folder and "tokens" in known:
+        known.pop("tokens")
     try:
         return zoo.build(reference, **{**known, **args})
     except UserError as error:
@@ -112,7 +134,9 @@ def _guess(name: str, network: nn.Module) -> Any:
         sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
         return torch.zeros(2, channels, *sides)
     if getattr(config, "vocab_size", None):
-        return {"input_ids": torch.ones(2, 16, dtype=torch.long), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
+        ones = torch.ones(2, min(16, getattr(config, "max_position_embeddings", None) or 16), dtype=torch.long)
+        decoder = {"decoder_input_ids": ones} if getattr(config, "is_encoder_decoder", False) else {}
+        return {"input_ids": ones, "attention_mask": ones, **decoder}
     raise UserError(f"{name} does not tell what inputs it reads", "add --input-shape 1,8,8 or --data SOURCE")
 
 
@@ -141,19 +165,24 @@ def look(
         if other is not None or data is not None or shape is not None or args or other_args:
             raise UserError("a recipe names its own models and data", "change a copy of the recipe, or inspect one model by name")
         return _recipe(schema.load(reference))
-    opened = None if data is None else open_data(data)
+    opened = None if data is None else open_text(data) if is_text(data) else open_data(data)
     first = _build(reference, opened, shape, args or {})
-    if opened is not None:
-        inputs = opened.example(2).inputs
-    else:
-        inputs = torch.zeros(2, *shape) if shape is not None else _guess(reference, first)
+    inputs = _inputs(reference, first, opened, shape)
     found = Look([_dry(reference, first, inputs)])
     if other is not None:
         same_shape = tuple(inputs.shape[1:]) if isinstance(inputs, torch.Tensor) else shape
-        second = _dry(other, _build(other, opened, same_shape, other_args or {}), inputs)
+        student = _build(other, opened, same_shape, other_args or {})
+        second = _dry(other, student, inputs if opened is None or opened.text is None else _inputs(other, student, opened, shape))
         found.subjects.append(second)
         found.pairs[reference] = pairs(found.subjects[0].anatomy, second.anatomy)
     return found
+
+
+def _inputs(name: str, network: nn.Module, data: Data | None, shape: tuple[int, ...] | None) -> Any:
+    """Two samples: of the data, of a shape, or of what the network itself tells."""
+    if data is None:
+        return torch.zeros(2, *shape) if shape is not None else _guess(name, network)
+    return models.task_of(_NO_RECIPE, data).cost_inputs(network, data.example(2)) if data.text is not None else data.example(2).inputs
 
 
 def recipe_networks(recipe: schema.Recipe, data: Data) -> tuple[dict[str, nn.Module], nn.Module]:
@@ -168,12 +197,12 @@ def recipe_networks(recipe: schema.Recipe, data: Data) -> tuple[dict[str, nn.Mod
 def _recipe(recipe: schema.Recipe) -> Look:
     data = models.open_recipe_data(recipe.data, None, recipe)
     teachers, student = recipe_networks(recipe, data)
-    inputs = data.example(2).inputs
+    task, example = models.task_of(recipe, data), data.example(2)
     found = Look()
-    small = _dry("student", student, inputs)
+    small = _dry("student", student, task.cost_inputs(student, example))
     for name, network in teachers.items():
         label = "teacher" if len(teachers) == 1 else f"teacher {name}"
-        found.subjects.append(_dry(label, network, inputs))
+        found.subjects.append(_dry(label, network, task.cost_inputs(network, example)))
         found.pairs[label] = pairs(found.subjects[-1].anatomy, small.anatomy)
     found.subjects.append(small)
     return found

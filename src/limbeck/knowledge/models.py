@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from limbeck import __version__, places, storage
+from limbeck import __version__, places, storage, zoo
 from limbeck import method as registry
 from limbeck import recipe as schema
 from limbeck.data import Data
+from limbeck.data.text import check_tokenizers
 from limbeck.engine.session import Session
 from limbeck.errors import UserError
 from limbeck.knowledge.distiller import Distiller
@@ -29,6 +31,7 @@ from limbeck.knowledge.teachers import (
     Teacher,
 )
 from limbeck.models import build, check_input, kept, open_recipe_data, task_of
+from limbeck.schema import Text as TextBlock
 from limbeck.signals.store import Store, model_fingerprint
 from limbeck.tasks import Task
 
@@ -58,7 +61,7 @@ def kept_at(spec: schema.Model, network: nn.Module, recipe: schema.Recipe, own: 
     school = spec.train
     assert school is not None
     content = {
-        "model": spec.model_dump(exclude={"train"}),
+        "model": spec.model_dump(exclude={"train"} if spec.text else {"train", "text"}),
         "start": storage.tensors_fingerprint(network.state_dict()),
         "train": {k: v for k, v in school.model_dump().items() if k != "data"},
         "method": make_method(school.method).values(),
@@ -105,7 +108,11 @@ def schooled(
 
 
 def teacher_networks(recipe: schema.Recipe, data: Data, session: Session, given: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Every teacher network that the recipe names, by name: given as an object, loaded, or trained once."""
+    """Every teacher network that the recipe names, by name: given as an object, loaded, or trained once.
+
+    One that reads other tokens than the data's carries its `Text` as `limbeck_text`.
+    """
+    own: dict[str, Data] = {}
     if "teacher" in given:
         value = given["teacher"]
         found = (
@@ -119,15 +126,69 @@ def teacher_networks(recipe: schema.Recipe, data: Data, session: Session, given:
         found = {}
         for name, spec in recipe.teacher.models.items():
             role = "teacher" if len(recipe.teacher.models) == 1 else f"teacher {name}"
-            network = build(spec, data, spec.train.seed if spec.train else 0, role)
+            own_recipe, own[name] = in_own_tokens(spec, recipe, data, given.get("data"))
+            network = build(spec, own[name], spec.train.seed if spec.train else 0, role)
             if spec.train and recipe.teacher.kind != "online":
                 phase = "teacher" if len(recipe.teacher.models) == 1 else f"teacher-{name}"
-                network = schooled(spec, network, recipe, data, session, phase, given.get("data"))
+                network = schooled(spec, network, own_recipe, own[name], session, phase, given.get("data"))
+            if own[name] is not data:
+                network.limbeck_text = own[name].text  # type: ignore[assignment]
             found[name] = network
     for name, network in found.items():
         network.to(session.device)
-        check_input(network, data, session, "teacher" if len(found) == 1 else f"teacher {name}")
+        check_input(network, own.get(name, data), session, "teacher" if len(found) == 1 else f"teacher {name}")
     return found
+
+
+def in_own_tokens(spec: schema.Model, recipe: schema.Recipe, data: Data, given: Any = None) -> tuple[schema.Recipe, Data]:
+    """The recipe and the data as a model sees them that reads other tokens: `text` of its block, or a tokenizer in its folder.
+
+    Both are returned as they are where the model reads the data's own tokens.
+
+    Raises:
+        UserError: a `text` block for data that are no texts, or that were given as an object.
+    """
+    if data.text is None or data.kind not in ("causal-lm", "seq2seq"):
+        if spec.text:
+            raise UserError(f"a model's text block is for language models, and {data.name} is a {data.kind} task", "leave `text` out")
+        return recipe, data
+    changes = spec.text or _folder_tokenizer(spec, data)
+    if not changes:
+        return recipe, data
+    if isinstance(given, Data):
+        raise UserError(
+            "a teacher with another tokenizer needs the texts themselves, and the data were given as an object",
+            "name the data in the recipe (data.source)",
+        )
+    text = TextBlock.model_validate({**(recipe.text or TextBlock()).model_dump(), **changes})
+    own = recipe.model_copy(update={"text": text})
+    return own, open_recipe_data(recipe.data, given, own)
+
+
+def _folder_tokenizer(spec: schema.Model, data: Data) -> dict[str, Any]:
+    """The tokenizer in a model's folder as keys of a `text` block; empty where there is none or where it is the data's."""
+    from limbeck.data.text.tokens import load_tokenizer
+
+    name = spec.model.removeprefix("hf:").removeprefix("folder:")
+    folder = Path(name).expanduser()
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return {}
+    try:
+        check_tokenizers(load_tokenizer(f"hf:{folder}", None, "eos"), data.text)  # type: ignore[arg-type]
+    except UserError:
+        return {"tokenizer": f"hf:{folder}"}
+    return {}
+
+
+def check_tokens(networks: Mapping[str, nn.Module], data: Data) -> None:
+    """Every network reads the tokens of the data.
+
+    Raises:
+        UserError: one has a tokenizer of its own; names where they differ and the methods that can do with it.
+    """
+    for network in networks.values():
+        if (text := getattr(network, "limbeck_text", None)) is not None and data.text is not None:
+            check_tokenizers(text, data.text)
 
 
 def make_teacher(
@@ -157,6 +218,7 @@ def make_teacher(
             "leave teacher.kind and teacher.store out",
         )
     if kind == "stored":
+        check_tokens(networks, data)
         return stored_teacher(spec, networks, data, wants, task)
     if not networks:
         raise UserError(
@@ -168,6 +230,13 @@ def make_teacher(
             f"{method.card.id} needs teachers named {' and '.join(method.teacher_names)}; the recipe has {', '.join(networks)}",
             "write `teacher: {models: {" + ": ..., ".join(method.teacher_names) + ": ...}}`",
         )
+    if not method.bridges:
+        check_tokens(networks, data)
+    foreign = [text for network in networks.values() if (text := getattr(network, "limbeck_text", None)) is not None]
+    if foreign:
+        if len(networks) > 1:
+            raise UserError(f"{len(networks)} teachers do not all read the student's tokens", "leave one teacher")
+        read = replace(task, text=foreign[0]).reader  # type: ignore[type-var]
     if kind == "online":
         if len(networks) > 1:
             raise UserError(f"an online teacher is one network, the recipe names {len(networks)}", "leave one")
@@ -226,12 +295,31 @@ def teacher_fingerprint(networks: Mapping[str, nn.Module], weights: Mapping[str,
     return storage.fingerprint([[mark, share / (sum(given) or 1.0)] for mark, share in zip(marks, given)])
 
 
+def as_teacher(recipe: schema.Recipe, data: Data, session: Session, given: Mapping[str, Any]) -> nn.Module:
+    """A student that begins as the teacher itself (`student: teacher`), for methods that change a network without making another.
+
+    Raises:
+        UserError: there is not one teacher network to copy, or the student's block says what it is built from.
+    """
+    spec = recipe.student
+    if spec.args or spec.weights:
+        raise UserError("student: teacher is the teacher as it is; student.args and student.weights say something else", "leave them out")
+    networks = teacher_networks(recipe, data, session, given)
+    if len(networks) != 1:
+        raise UserError(f"student: teacher needs one teacher network, and there are {len(networks)}", "name one teacher")
+    student = copy.deepcopy(next(iter(networks.values()))).requires_grad_(True)
+    return student if spec.adapter is None else zoo.adapt(student, **spec.adapter.model_dump(), kind=data.kind)
+
+
 def make_student(recipe: schema.Recipe, data: Data, session: Session, given: Mapping[str, Any]) -> nn.Module:
     """The student as it is before the distillation begins (a given object is copied, never changed)."""
     if "student" in given:
         student = copy.deepcopy(given["student"])
     else:
-        student = build(recipe.student, data, recipe.seed, "student")
+        if recipe.student.model == "teacher":
+            student = as_teacher(recipe, data, session, given)
+        else:
+            student = build(recipe.student, data, recipe.seed, "student")
         if recipe.student.train:
             spec = recipe.student.model_copy(update={"train": recipe.student.train.model_copy(update={"seed": recipe.seed})})
             student = schooled(spec, student, recipe, data, session, "start", given.get("data"))

@@ -71,7 +71,7 @@ def written_batch(prompts: Tensor, mask: Tensor, ids: Tensor, kept: Tensor, batc
 def own_text(model: nn.Module, split: Any, batch: Batch, writer: Writer, text: Any, kind: str) -> Batch:
     """The batch's prompts with what the model writes after them (no gradient goes through the writing).
 
-    Tokens are drawn from torch's global generator, which checkpoints restore.
+    Tokens are drawn from torch's global generator, which checkpoints restore. No text gets longer than the samples of the data.
 
     Args:
         model: the student (or a teacher that writes).
@@ -86,11 +86,14 @@ def own_text(model: nn.Module, split: Any, batch: Batch, writer: Writer, text: A
     if text.pad is None:
         raise UserError("the tokenizer has no padding token, and written texts differ in length", "set text.pad=eos")
     prompts, mask = prompts_of(split, batch, writer.prompt)
+    room = writer.tokens if kind == "seq2seq" else min(writer.tokens, text.length - prompts.shape[1])
+    if room < 1:
+        raise UserError(f"prompts of {prompts.shape[1]} tokens leave no room to write in samples of {text.length}", "raise text.length")
     made = generate(
         model,
         prompts,
         mask,
-        new_tokens=writer.tokens,
+        new_tokens=room,
         temperature=writer.temperature,
         top_p=writer.top_p,
         eos=text.eos,

@@ -14,6 +14,7 @@ from torch import nn
 from limbeck import places
 from limbeck import recipe as schema
 from limbeck.data import Batches, Data
+from limbeck.data.batch import Batch
 from limbeck.engine.checkpoint import pack
 from limbeck.engine.clock import Clock
 from limbeck.engine.loop import Loop, Plan
@@ -21,19 +22,21 @@ from limbeck.engine.session import Session, seed_everything
 from limbeck.evaluation.cost import count_flops, stored_bytes
 from limbeck.knowledge import models
 from limbeck.knowledge.caching import flat
-from limbeck.knowledge.looking import recipe_networks
+from limbeck.knowledge.looking import inner, recipe_networks
 from limbeck.knowledge.methods.alone import Alone
 from limbeck.knowledge.program import KnowledgeProgram, steps_of
-from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
+from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher, scored_counts
 from limbeck.signals import Pair, anatomy
 from limbeck.signals.inspection import pairs
 from limbeck.signals.store import plan_bytes
+from limbeck.signals.stored_form import Form, Layout
+from limbeck.tasks import Task
 
 DRY_SECONDS = 0.5
 """About how long each phase is timed, after a few steps to warm up."""
 
-KEPT_TOP = 8
-"""Logits a sample in the top-k form whose size is told."""
+KEPT_TOP = {"classification": 8, "language": 64}
+"""Logits a row (a sample, or a scored token) in the top-k form whose size is told."""
 
 RANDOM = 25_000
 """Bytes of the generators' states in a checkpoint, about."""
@@ -68,9 +71,11 @@ class Forecast:
     """What `limbeck plan` tells; `as_dict` is its JSON.
 
     Attributes:
-        models: `params`, `flops`, `bytes` by role.
+        models: `params`, `flops`, `bytes` by role; FLOPs are those of `example`.
         phases: the trainings in order.
-        store: bytes of the teacher's stored outputs by form, and the bound of the gain in speed; empty where nothing can be stored.
+        example: what one sample is; tokens of a text.
+        store: bytes of the teacher's stored outputs by form, in all and for each of `rows` (samples, or scored tokens), and the bound of
+            the gain in speed; empty where nothing can be stored.
         files: what a run writes, with the bytes where they are known.
         pairs: the proposed teacher-student pairs.
         reads: the signals that the method reads from the student and from the teacher.
@@ -82,6 +87,7 @@ class Forecast:
     data: dict[str, Any]
     models: dict[str, dict[str, int]]
     phases: list[Phase]
+    example: dict[str, int]
     store: dict[str, Any]
     files: dict[str, int | None]
     pairs: list[Pair]
@@ -128,8 +134,8 @@ def plan(recipe: schema.Recipe, session: Session) -> Forecast:
     for role, network in (*networks.items(), ("student", start)):
         network.to(session.device)
         models.check_input(network, data, session, role)
-    example = data.to(session.device).example(1).inputs
-    sizes = {role: _sizes(network, example) for role, network in (*_roles(networks).items(), ("student", start))}
+    example = data.to(session.device).example(1)
+    sizes = {role: _sizes(network, task.cost_inputs(network, example)) for role, network in (*_roles(networks).items(), ("student", start))}
     phases: list[Phase] = []
     if recipe.teacher.kind != "online":
         for (name, spec), role in zip(recipe.teacher.models.items(), _roles(networks)):
@@ -149,7 +155,8 @@ def plan(recipe: schema.Recipe, session: Session) -> Forecast:
         stored = source.kind == "stored" or bool(source.store and source.kind == "auto")
         network = copy.deepcopy(start)
         # a store is bound to the trained teacher, which is not at hand here: only its data is compared
-        teacher = models.make_teacher(source, method, {} if stored else own, network, bench.data, session)
+        method.task = task
+        teacher = models.make_teacher(source, method, {} if stored else own, network, bench.data, session, task)
         own_data, steps = bench.data, _steps(training, bench.data)
         if method.labelled_only and data.hidden_labels is not None:
             own_data = bench.data.only_labelled()
@@ -166,16 +173,17 @@ def plan(recipe: schema.Recipe, session: Session) -> Forecast:
 
     wants = program.method.wants()
     frozen = (recipe.teacher.kind if recipe.teacher.kind != "auto" else program.method.teacher_kind) in ("frozen", "stored")
-    store = _store(networks, wants[1], data, sizes, session) if networks and frozen and not recipe.data.augment else {}
+    store = _store(networks, wants[1], data, task, sizes, session) if networks and frozen and not recipe.data.augment else {}
     return Forecast(
         method=program.method.card.id,
         device=str(session.device),
         data=data.describe(),
         models=sizes,
         phases=phases,
+        example={} if data.text is None else {"tokens": _tokens(example)},
         store=store,
-        files=_files(recipe, phases, sizes, data, session),
-        pairs=_pairs(networks, start, data, session),
+        files=_files(recipe, phases, sizes, data, task),
+        pairs=_pairs(networks, start, data, task, session),
         reads={"student": list(wants[0]), "teacher": list(wants[1])},
         parts=sum(p.numel() for p in program.method.parts.parameters()),
         notes=list(session.notes),
@@ -274,30 +282,55 @@ def _held(program: KnowledgeProgram) -> int:
     return sum(seen.values())
 
 
+def _tokens(example: Batch) -> int:
+    """Tokens of the sample that sizes are told of; of pairs of texts those of the document."""
+    inputs = example.inputs.get("document", example.inputs)
+    return int(inputs["input_ids"].shape[-1])
+
+
 def _store(
-    networks: Mapping[str, nn.Module], wants: tuple[str, ...], data: Data, sizes: Mapping[str, Mapping[str, int]], session: Session
+    networks: Mapping[str, nn.Module],
+    wants: tuple[str, ...],
+    data: Data,
+    task: Task,
+    sizes: Mapping[str, Mapping[str, int]],
+    session: Session,
 ) -> dict[str, Any]:
     """Bytes of `limbeck cache`, and how much faster a step can become at best: a student's step costs 3 forward passes, a teacher's 1."""
-    teacher: Teacher
-    if len(networks) == 1:
-        wants = tuple(name for name in wants if name not in ("attention", "output")) or ("logits",)
-        teacher = FrozenTeacher(copy.deepcopy(next(iter(networks.values()))), wants)
-    else:
-        wants = ("logits",)
-        teacher = EnsembleTeacher({name: FrozenTeacher(copy.deepcopy(network)) for name, network in networks.items()})
-    said = flat(teacher(data.example(2).to(session.device)), wants)
-    shapes = {name: tuple(value.shape[1:]) for name, value in said.items()}
-    found: dict[str, Any] = {"signals": list(shapes), "float16": plan_bytes(len(data.train), shapes)}
+    if task.family not in KEPT_TOP:
+        return {}
+    shapes, rows = _stored(networks, wants, data, task, session)
+    found: dict[str, Any] = {"signals": list(shapes), "rows": rows, "row": "token" if task.family == "language" else "sample", "row_bytes": {}}
+    forms: dict[Form, int | None] = {"float16": None}
     if "logits" in shapes:
-        k = min(KEPT_TOP, max(1, shapes["logits"][-1] // 2))
-        found |= {"topk": plan_bytes(len(data.train), shapes, "topk", k), "k": k}
+        found["k"] = forms["topk"] = min(KEPT_TOP[task.family], max(1, shapes["logits"][-1] // 2))
+    for form, k in forms.items():
+        found[form] = plan_bytes(rows, shapes, form, k)
+        found["row_bytes"][form] = Layout(shapes, form, k).bytes_per_sample
     cost = sum(row["flops"] for role, row in sizes.items() if role != "student")
     found["speed_bound"] = 1 + cost / (3 * sizes["student"]["flops"]) if sizes["student"]["flops"] else None
     return found
 
 
+def _stored(
+    networks: Mapping[str, nn.Module], wants: tuple[str, ...], data: Data, task: Task, session: Session
+) -> tuple[dict[str, tuple[int, ...]], int]:
+    """(shapes of what would be stored, number of rows): a row is a sample, or of a language model a scored token."""
+    if task.family == "language":
+        return {"logits": (task.text.vocabulary,)}, int(scored_counts(data.train, task).sum())
+    teacher: Teacher
+    if len(networks) == 1:
+        wants = tuple(name for name in wants if name not in ("attention", "output")) or ("logits",)
+        teacher = FrozenTeacher(copy.deepcopy(next(iter(networks.values()))), wants, read=task.reader)
+    else:
+        wants = ("logits",)
+        teacher = EnsembleTeacher({name: FrozenTeacher(copy.deepcopy(network), read=task.reader) for name, network in networks.items()})
+    said = flat(teacher(data.example(2).to(session.device)), wants)
+    return {name: tuple(value.shape[1:]) for name, value in said.items()}, len(data.train)
+
+
 def _files(
-    recipe: schema.Recipe, phases: list[Phase], sizes: Mapping[str, Mapping[str, int]], data: Data, session: Session
+    recipe: schema.Recipe, phases: list[Phase], sizes: Mapping[str, Mapping[str, int]], data: Data, task: Task
 ) -> dict[str, int | None]:
     """What the run's folder and the cache will hold; None where the size is small or unknown."""
     schools = {"start", *(role for role in sizes if role != "student")}
@@ -309,11 +342,13 @@ def _files(
             place = f"{places.cache_folder() / 'models'}/ ({phase.name})"
             found[place] = sizes["student" if phase.name == "start" else phase.name]["bytes"]
     roles = 1 + bool(recipe.baseline) + bool(recipe.ceiling and data.hidden_labels is not None) + any(role != "student" for role in sizes)
-    found |= {"student/": sizes["student"]["bytes"], "predictions.safetensors": len(data.test) * (4 * len(data.classes) * roles + 8)}
+    found["student/"] = sizes["student"]["bytes"]
+    if task.family == "classification":
+        found["predictions.safetensors"] = len(data.test) * (4 * len(data.classes) * roles + 8)
     return {**found, "summary.json": None, "report.html": None}
 
 
-def _pairs(networks: Mapping[str, nn.Module], student: nn.Module, data: Data, session: Session) -> list[Pair]:
-    inputs = data.example(2).to(session.device).inputs
-    small = anatomy(student, inputs)
-    return [pair for network in networks.values() for pair in pairs(anatomy(network, inputs), small)]
+def _pairs(networks: Mapping[str, nn.Module], student: nn.Module, data: Data, task: Task, session: Session) -> list[Pair]:
+    example = data.example(2).to(session.device)
+    small, *large = (anatomy(inner(network), task.cost_inputs(network, example)) for network in (student, *networks.values()))
+    return [pair for one in large for pair in pairs(one, small)]

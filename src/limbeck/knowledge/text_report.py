@@ -85,9 +85,11 @@ def headline(summary: Mapping[str, Any], task: Task) -> str:
     if "baseline" in metrics:
         alone = metrics["baseline"][name]
         better = (own > alone) if task.higher_is_better else (own < alone)
-        word = "better" if better else "worse"
-        text += f": {abs(own - alone):.3f} {word} than the same student trained alone ({alone:.3f})"
-        text += "" if better else ", so it did not help here"
+        if round(abs(own - alone), 3):
+            text += f": {abs(own - alone):.3f} {'better' if better else 'worse'} than the same student trained alone ({alone:.3f})"
+            text += "" if better else ", so it did not help here"
+        else:
+            text += f", the same as the student trained alone ({alone:.3f})"
     text += "."
     if "teacher" in metrics and "teacher" in costs:
         times = costs["teacher"]["params"] / max(costs["student"]["params"], 1)

@@ -151,7 +151,10 @@ def run_table(summary: Mapping[str, Any]) -> Table:
     from rich.text import Text
 
     titles, rows = run_rows(summary)
-    narrow = {"calibration error": "calib.\nerror", "size on disk": "size on\ndisk"}  # the table must fit 80 columns
+    narrow = {"calibration error": "calib.\nerror", "size on disk": "size on\ndisk"}  # the table should fit 80 columns
+    narrow |= {"perplexity": "per-\nplexity", "bits/byte": "bits/\nbyte"}
+    if "FLOPs" not in titles:
+        narrow["parameters"] = "para-\nmeters"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for i, title in enumerate(titles):
         table.add_column(Text(narrow.get(title, title)), justify="right" if i else "left", no_wrap=True)

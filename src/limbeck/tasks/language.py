@@ -182,15 +182,16 @@ class Language(Task):
     def write(
         self, model: nn.Module, split: Any, index: Tensor, device: torch.device, generator: torch.Generator | None = None
     ) -> list[str]:
-        """Texts that a model writes for the prompts at `index`."""
+        """Texts that a model writes for the prompts at `index`; none gets longer than the samples of the data."""
         from limbeck.decoding import generate
 
         ids, mask = split.prompts(index)
+        room = self.writing.tokens if self.kind == "seq2seq" else min(self.writing.tokens, self.text.length - ids.shape[1])
         made = generate(
             model,
             ids.to(device),
             mask.to(device),
-            new_tokens=self.writing.tokens,
+            new_tokens=max(room, 1),
             temperature=self.writing.temperature,
             eos=self.text.eos,
             pad=self.text.pad,

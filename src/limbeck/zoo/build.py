@@ -28,6 +28,8 @@ from limbeck.zoo.linear import Linear
 from limbeck.zoo.mixer import Mixer
 from limbeck.zoo.mlp import MLP
 from limbeck.zoo.resnet import ResNet
+from limbeck.zoo.rotated_decoder import REFERENCE as ROTATED
+from limbeck.zoo.rotated_decoder import rebuild_rotated
 from limbeck.zoo.sentence import SentenceEncoder, minilm
 from limbeck.zoo.unet import UNet
 from limbeck.zoo.vit import ViT
@@ -194,6 +196,9 @@ def build(
 
         check_arguments(load_model, {"folder": name, **args}, f"folder:{name}")
         return load_model(name, **args)
+    if f"{kind}:{name}" == ROTATED:
+        check_arguments(rebuild_rotated, args, name)
+        return rebuild_rotated(**args)
     if kind == "zoo" and (name in LANGUAGE or (name == "minilm" and tokens is not None)):
         return _language(name, tokens, args)
     if kind == "hf" and tokens is not None:

@@ -43,9 +43,20 @@ def _parts(inputs: Any) -> tuple[list[str] | None, tuple[Tensor, ...]]:
 
 
 def _to_file(model: nn.Module, inputs: tuple[Tensor, ...], names: list[str], path: str) -> str:
-    """Write the graph, with the dynamo exporter where it works, else with the tracing one; returns which it was."""
+    """Write the graph, with the dynamo exporter where it works, else with the tracing one; returns which it was.
+
+    Inputs that are tokens have a free length too, where the dynamo exporter manages that.
+    """
     options: dict[str, Any] = {"input_names": names, "output_names": ["logits"]}
     batch = torch.export.Dim("batch", min=1)
+    if all(not x.is_floating_point() and x.ndim == 2 for x in inputs):
+        length = torch.export.Dim("length", min=2, max=inputs[0].shape[1])
+        shapes = (tuple({0: batch, 1: length} for _ in inputs),)
+        try:
+            torch.onnx.export(model, inputs, path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False, **options)
+            return "dynamo"
+        except Exception:  # a fixed length then
+            pass
     try:
         shapes = (tuple({0: batch} for _ in inputs),)
         torch.onnx.export(model, inputs, path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False, **options)

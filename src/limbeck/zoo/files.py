@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,9 @@ from torch import Tensor, nn
 
 from limbeck.errors import UserError
 from limbeck.storage import load_tensors, save_tensors, sha256, write_json, write_text
-from limbeck.zoo.lora import is_adapted, load_adapter, save_adapter
+from limbeck.zoo.hub import build_hub
+from limbeck.zoo.language import quiet
+from limbeck.zoo.lora import BASE, is_adapted, load_adapter, save_adapter
 from limbeck.zoo.sentence import SentenceEncoder, is_sentence_folder, load_sentence
 
 FORMAT = "limbeck-model/1"
@@ -39,20 +39,6 @@ def _is_transformers(model: nn.Module) -> bool:
     return any(kind.__module__.startswith("transformers.") and kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers inside: a file of a few megabytes needs none."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def save_model(model: nn.Module, folder: str | Path, *, card: str = "", extra: dict[str, Any] | None = None) -> Path:
     """Write a network to a folder, so that `load_model`, or transformers for its own models, opens it again.
 
@@ -76,15 +62,16 @@ def save_model(model: nn.Module, folder: str | Path, *, card: str = "", extra: d
         "extra": extra or {},
     }
     if is_adapted(model):
-        note["base"] = save_adapter(model, folder)
+        with quiet():
+            note["base"] = save_adapter(model, folder)
         note["files"] = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
         write_json(folder / NOTE, note)
     elif isinstance(model, SentenceEncoder):
-        with _quiet():
+        with quiet():
             note["files"] = model.save(folder)
         write_json(folder / NOTE, note)
     elif _is_transformers(model):
-        with _quiet():
+        with quiet():
             model.save_pretrained(folder)  # type: ignore[operator]
         note["files"] = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
         write_json(folder / NOTE, note)
@@ -162,16 +149,14 @@ def load_model(folder: str | Path, *, model: nn.Module | None = None, trust_pyth
             raise UserError(
                 f"{folder} holds an adapter, and does not say of which network", "name the network: teacher or student with `weights`"
             )
-        from limbeck.zoo.hub import build_hub
-
-        base = model if model is not None else build_hub(note["base"])
+        base = model if model is not None else _base(note["base"], folder)
         return load_adapter(folder, base.get_base_model() if is_adapted(base) else base).train()
     if is_sentence_folder(folder):
-        return _into(model, load_sentence(folder, note.get("files", {})), folder)
+        with quiet():
+            return _into(model, load_sentence(folder, note.get("files", {})), folder)
     if not note or (folder / NOTE).is_file():
-        from limbeck.zoo.hub import build_hub
-
-        return _into(model, build_hub(str(folder.resolve())), folder)
+        with quiet():
+            return _into(model, build_hub(str(folder.resolve())), folder)
     if model is None:
         model = _rebuild(note, folder, trust_python)
     tensors = load_tensors(folder / WEIGHTS, note.get("files", {}).get(WEIGHTS))
@@ -183,6 +168,15 @@ def load_model(folder: str | Path, *, model: nn.Module | None = None, trust_pyth
         raise UserError(f"the weights in {folder} do not fit {type(model).__name__}: {error}", "give the network they came from") from None
     _retie(model, tied)
     return model
+
+
+def _base(name: str, folder: Path) -> nn.Module:
+    """The network that an adapter belongs to: beside it, in a folder, or on the hub."""
+    place = folder / BASE if name == BASE else Path(name)
+    if Path(name).is_absolute() and not place.is_dir():
+        raise UserError(f"the adapter in {folder} belongs to the network in {name}, which is gone", "restore that folder")
+    with quiet():
+        return build_hub(str(place.resolve()) if place.is_dir() else name)
 
 
 def _into(model: nn.Module | None, loaded: nn.Module, folder: Path) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,19 @@ def library() -> Any:
     return transformers
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers inside: a file of a few megabytes needs none."""
+    logging = library().utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _auto(kind: str) -> Any:
     return getattr(library(), _AUTO[kind])
 
@@ -231,12 +245,14 @@ def open_language(name: str, tokens: Tokens, config_only: bool = False, **overri
     if tokens.classes is not None:
         config.num_labels = tokens.classes
     if config_only:
+        config._name_or_path = ""  # what is built from it does not hold that folder's weights
         return from_config(config, tokens.kind, name)
     options: dict[str, Any] = {"config": config, "use_safetensors": True, "trust_remote_code": False, "dtype": "float32"}
     if tokens.kind == "classification":
         options["ignore_mismatched_sizes"] = True
     try:
-        return auto.from_pretrained(place, **options)
+        with quiet():
+            return auto.from_pretrained(place, **options)
     except Exception as error:
         hint = "weights are read from safetensors only; config_only: true starts from random ones"
         raise UserError(f"the weights of {name} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}", hint) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,28 @@ def adapt(
         raise UserError(f"adapter: {str(error).splitlines()[0]}", f"its linear layers are {', '.join(names[:12])}") from None
 
 
+BASE = "base"
+"""Folder beside an adapter with the network that it belongs to, where no folder or hub id holds that network."""
+
+
 def save_adapter(model: nn.Module, folder: Path) -> str:
-    """Write the adapter as peft does; returns the reference of the network that it belongs to ("" when it has none)."""
-    model.save_pretrained(folder)  # type: ignore[operator]
+    """Write the adapter as peft does, and its network beside it where nobody else keeps that.
+
+    Returns:
+        The folder or hub id of the network that it belongs to: `BASE` (inside `folder`) for one that limbeck built or trained.
+    """
     base = model.get_base_model()  # type: ignore[operator]
-    return str(getattr(base, "name_or_path", "") or "")
+    name = str(getattr(base, "name_or_path", "") or "")
+    model.save_pretrained(folder)  # type: ignore[operator]
+    if not name:
+        _without_adapter(model).save_pretrained(folder / BASE)
+        return BASE
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _without_adapter(model: nn.Module) -> nn.Module:
+    """A copy of the network as it was before it got its adapter."""
+    return copy.deepcopy(model).unload()  # type: ignore[operator]
 
 
 def load_adapter(folder: Path, base: nn.Module) -> nn.Module:

@@ -116,13 +116,14 @@ class DistillSpec(Distiller):
 
         index = torch.arange(min(self.measured, len(data.test)))
         ids, mask = prompts_of(data.test, data.test.batch(index).to(device), self.prompt)
+        room = min(self.tokens, self._text.length - ids.shape[1])
         prompts = [row[keep.bool()] for row, keep in zip(ids, mask)]
         report = speculative_report(
             self._target,
             student,
             prompts,
             (self.gamma,),
-            new_tokens=self.tokens,
+            new_tokens=max(room, 1),
             temperature=self.temperature,
             eos=self._text.eos,
             vocabulary=self._text.vocabulary,
