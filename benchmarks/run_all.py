@@ -1,8 +1,9 @@
 """Runs every benchmark and writes `benchmarks/results.json` and `docs/benchmarks.md`.
 
-    python benchmarks/run_all.py [--quick] [--peer PATH] [--only SCRIPT]
+    python benchmarks/run_all.py [--quick] [--peer PATH] [--language-peer PATH] [--only SCRIPT]
 
-`--quick` runs the checks on tiny sizes and writes nothing. `--peer` goes to `step_overhead.py`;
+`--quick` runs the checks on tiny sizes and writes nothing. `--peer` goes to `step_overhead.py`, `--language-peer` (a Python with trl and
+liger-kernel) to `vocabulary.py` and `language.py`;
 `--only` runs one script and keeps the figures of the others.
 """
 
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("step_overhead", "epochs", "cached_teacher", "startup", "condensation", "mining", "sampling")
+SCRIPTS = ("step_overhead", "epochs", "cached_teacher", "startup", "condensation", "mining", "sampling", "vocabulary", "language")
+LANGUAGE = ("vocabulary", "language")
 Row = tuple[str, str, float, float, bool]
 
 
@@ -31,7 +33,7 @@ def run(name: str, *options: str) -> dict[str, Any]:
 def rows(results: dict[str, Any]) -> list[Row]:
     """Script, what is measured, target, figure, and whether the target is met."""
     found: list[Row] = []
-    step, epochs, cached, start, condensed, mined, sampled = (results.get(name) for name in SCRIPTS)
+    step, epochs, cached, start, condensed, mined, sampled, vocabulary, language = (results.get(name) for name in SCRIPTS)
     if step:
         for case in ("mlp", "resnet", "taps"):
             for arm in ("limbeck", "limbeck_loss") if case in step else ():
@@ -50,7 +52,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
         found.append(("cached_teacher", what, 0.95, got, got >= 0.95))
     for name, target in start["targets"].items() if start else ():
         found.append(("startup", name.replace("_", " "), target, start[name], start[name] <= target))
-    return found + condensation_rows(condensed, mined) + sampling_rows(sampled)
+    return found + condensation_rows(condensed, mined) + sampling_rows(sampled) + vocabulary_rows(vocabulary) + language_rows(language)
 
 
 def condensation_rows(condensed: dict[str, Any] | None, mined: dict[str, Any] | None) -> list[Row]:
@@ -99,6 +101,43 @@ def sampling_rows(sampled: dict[str, Any] | None) -> list[Row]:
     return found
 
 
+def vocabulary_rows(measured: dict[str, Any] | None) -> list[Row]:
+    """The same of losses over a large vocabulary."""
+    found: list[Row] = []
+    for name, arms in measured["cases"].items() if measured else ():
+        targets, own = measured["targets"], arms["limbeck"]
+        times = targets["time_masked" if name.endswith("masked") else "time"]
+        for what, target in (("memory", targets["memory"]), ("time", times)):
+            text = f"{name.replace('_', ' ')}: {what} of a divergence over the plain one"
+            found.append(("vocabulary", text, target, own[what], own[what] <= target))
+    return found
+
+
+def language_rows(measured: dict[str, Any] | None) -> list[Row]:
+    """The same of training and decoding language models."""
+    found: list[Row] = []
+    if not measured:
+        return found
+    targets, kept, own, spoken = (measured.get(name) for name in ("targets", "stored", "on_policy", "speculative"))
+    if kept:
+        got, target = kept["share_of_bound"], targets["share_of_bound"]
+        text = f"stored top-{kept['top']}: speed-up {kept['speedup']} of a step, as a share of the measured bound {kept['bound_measured']}"
+        found.append(("language", text, target, got, got >= target))
+        got, target = kept["bytes_a_token"], targets["bytes_a_token"]
+        found.append(("language", f"stored top-{kept['top']}: bytes a token on disk", target, got, got <= target))
+    if own and "limbeck_over" in own.get("trl", {}):
+        got, target = own["trl"]["limbeck_over"], targets["over_trl"]
+        text = f"on-policy step, {own['limbeck']['tokens_a_second']} tokens a second, over the step of TRL's GKD"
+        found.append(("language --peer", text, target, got, got >= target))
+    if spoken:
+        for got, name, text in (
+            (spoken["distilled"]["over_plain"], "over_plain_decoding", "plain decoding of the target"),
+            (spoken["over_undistilled"], "over_undistilled", "the same draft trained alone"),
+        ):
+            found.append(("language", f"speculative decoding with a distilled draft over {text}", targets[name], got, got >= targets[name]))
+    return found
+
+
 def page(results: dict[str, Any]) -> str:
     """The document."""
     lines = ["# Benchmarks", "", "Written by `python benchmarks/run_all.py`; all figures are in `benchmarks/results.json`."]
@@ -123,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peer")
+    parser.add_argument("--language-peer")
     parser.add_argument("--only", choices=SCRIPTS)
     options = parser.parse_args()
     results: dict[str, Any] = {}
@@ -132,6 +172,8 @@ def main() -> None:
         more = ["--quick"] if options.quick else []
         if name == "step_overhead" and options.peer:
             more += ["--peer", options.peer]
+        if name in LANGUAGE and options.language_peer:
+            more += ["--peer", options.language_peer]
         results[name] = run(name, *more)
         if not options.quick:
             (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+SCRIPTS = ("step_overhead", "epochs", "cached_teacher", "startup", "condensation", "mining", "sampling", "vocabulary", "language")
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.mark.parametrize(
     "command",
-    [("step_overhead", "--case", "mlp"), ("epochs",), ("cached_teacher",), ("startup",), ("condensation",), ("mining",), ("sampling",)],
+    [("step_overhead", "--case", "mlp"), *((name,) for name in SCRIPTS if name != "step_overhead")],
     ids=lambda command: command[0],
 )
 def test_quick(command):

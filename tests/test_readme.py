@@ -1,5 +1,6 @@
 """What the README says is true: its generated table is up to date, its code runs, its links exist."""
 
+import json
 import re
 import subprocess
 import sys
@@ -21,6 +22,21 @@ def test_evidence_is_sound_and_not_stale(limbeck):
     assert process.returncode == 0, process.stdout + process.stderr
 
 
+def two_language_models():
+    """Folders `big` and `small` of transformers and forty pairs, in the working folder, as a reader would have them."""
+    from limbeck import zoo
+    from limbeck.data.text import open_text
+    from limbeck.knowledge.text_report import TextStudent
+
+    data = open_text("stdlib-explain", tokenizer="bpe:320", length=64, train=40, test=8)
+    for name, width in (("big", 32), ("small", 16)):
+        tokens = zoo.Tokens(data.text.vocabulary, 512, "causal-lm", data.text.pad, data.text.bos, data.text.eos)
+        TextStudent(zoo.build("llama", tokens=tokens, layers=1, width=width, heads=2), data.text.tokenizer).save(name)
+    index = torch.arange(len(data.train))
+    pairs = zip(data.train.prompt_texts(index), data.train.references(index))
+    Path("pairs.jsonl").write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+
+
 def test_python_blocks_run(tmp_path, monkeypatch):
     """The blocks are executed as they stand, with small networks for the names that a reader brings."""
     monkeypatch.chdir(tmp_path)
@@ -33,8 +49,9 @@ def test_python_blocks_run(tmp_path, monkeypatch):
         "student_logits": torch.randn(4, 3, requires_grad=True),
         "teacher_logits": torch.randn(4, 3),
     }
+    two_language_models()
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
     assert names["loss"].requires_grad

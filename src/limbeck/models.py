@@ -20,7 +20,7 @@ from limbeck.errors import UserError
 from limbeck.signals import anatomy
 from limbeck.signals.language import settle
 from limbeck.tasks import Classification, Language, Task, Writing
-from limbeck.zoo.language import Tokens
+from limbeck.zoo.language import Tokens, check_fits
 
 
 def open_recipe_data(spec: schema.Data, given: Any = None, recipe: schema.Recipe | None = None, like: Data | None = None) -> Data:
@@ -109,6 +109,8 @@ def task_of(recipe: schema.Recipe, data: Data) -> Task:
     """
     if data.text is not None and data.kind in ("causal-lm", "seq2seq"):
         spec = recipe.text or schema.Text()
+        if spec.write and not hasattr(data.test, "prompts"):
+            raise UserError(f"text.write asks for written texts, and {data.name} has no prompts", "leave it out, or give pairs")
         writing = Writing(spec.write, spec.write_tokens, spec.write_temperature)
         return Language(data.text, data.kind, writing)
     if data.kind == "embedding":
@@ -162,6 +164,8 @@ def check_input(network: nn.Module, data: Data, session: Session, role: str) -> 
     """One forward pass on two samples: a network that cannot read the data is named now, not in the middle of training."""
     example = data.example(2).to(session.device)
     texts = data.text is not None and data.kind in ("causal-lm", "seq2seq")
+    if (tokens := tokens_of(data)) is not None and (config := getattr(network, "config", None)) is not None:
+        check_fits(config, tokens, role)
     try:
         if texts:
             note = settle(network, example, data.kind, data.text.vocabulary, role)

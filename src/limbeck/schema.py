@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -385,6 +386,16 @@ class Recipe(Strict):
     device: str = "auto"
     precision: Literal["no", "bf16", "fp16"] = "no"
     threads: Positive | None = None
+
+    @model_validator(mode="after")
+    def _stages_apart(self) -> Recipe:
+        names = [stage.name or f"stage-{number}" for number, stage in enumerate(self.stages, 1)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two stages are called {name}; each keeps its checkpoints under its name")
+            if name in ("baseline", "ceiling") or not re.fullmatch(r"\w[\w .+-]*", name):
+                raise ValueError(f"a stage cannot be called {name!r}: use letters, digits, - and _, and not baseline or ceiling")
+        return self
 
     @model_validator(mode="after")
     def _has_length(self) -> Recipe:

@@ -89,5 +89,5 @@ def higher_is_better(metric: str) -> bool:
     if metric in {"feature_distance", "kernel_distance", "sliced_distance", "copies"}:  # of generated samples
         return False
     small = {"loss", "ece", "nll", "brier", "error", "perplexity", "kl", "js", "latency", "seconds", "flops", "params", "bytes", "memory"}
-    small |= {"mae", "mse", "rmse", "wer", "cer", "fid"}
+    small |= {"mae", "mse", "rmse", "wer", "cer", "fid", "bits"}
     return not any(part in small for part in metric.replace(".", "_").replace("-", "_").split("_"))

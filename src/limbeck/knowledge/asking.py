@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -47,22 +48,25 @@ class Progress:
     """
 
     def __init__(self, session: Session, total: int) -> None:
-        self.session, self.total, self.begun = session, total, False
+        self.session, self.total, self.first, self.began = session, total, -1, 0.0
 
     def __call__(self, done: int, total: int | None = None) -> None:
         """So many texts are there; the first call begins the phase."""
-        if not self.begun:
-            self.begun = True
+        if self.first < 0:
+            self.first, self.began = done, time.perf_counter()
             for callback in self.session.callbacks:
                 callback.start(PHASE, done, self.total)
             return
+        rate = (done - self.first) / max(time.perf_counter() - self.began, 1e-9)
+        told = done == self.total or done % max(1, self.total // 100) == 0
         for callback in self.session.callbacks:
-            callback.log({"phase": PHASE, "step": done, "terms": {}})
+            if told:
+                callback.log({"phase": PHASE, "step": done, "terms": {}, "rate": rate})
             callback.tick(done)
 
     def finish(self) -> None:
         """All are there."""
-        for callback in self.session.callbacks if self.begun else ():
+        for callback in self.session.callbacks if self.first >= 0 else ():
             callback.finish(PHASE)
 
 

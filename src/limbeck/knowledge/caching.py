@@ -18,6 +18,7 @@ from limbeck.engine.session import Session
 from limbeck.errors import UserError
 from limbeck.knowledge import models
 from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher, scored_counts
+from limbeck.knowledge.tokens import check_tokens
 from limbeck.losses.vocabulary import top_k
 from limbeck.signals import Signals
 from limbeck.signals.store import StoreWriter, plan_bytes
@@ -135,7 +136,7 @@ def store_teacher(
     _check_folder(folder)
     data = models.open_recipe_data(recipe.data, None, recipe)
     networks = models.teacher_networks(recipe, data, session, {})
-    models.check_tokens(networks, data)
+    check_tokens(networks, data)
     task = models.task_of(recipe, data)
     if task.family == "language" and wants not in (("logits",), ("law",)):
         raise UserError(f"of a language model only next-token distributions can be stored, not {', '.join(wants)}", "add --signals logits")

@@ -20,9 +20,10 @@ from limbeck.evaluation.agreement import agreement
 from limbeck.evaluation.cost import cost
 from limbeck.knowledge import models
 from limbeck.knowledge.methods.alone import Alone
-from limbeck.knowledge.program import KnowledgeProgram, steps_of
+from limbeck.knowledge.program import KnowledgeProgram, check_family, steps_of
 from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
 from limbeck.knowledge.text_report import text_outcome
+from limbeck.knowledge.tokens import in_own_tokens
 from limbeck.outcome import Outcome
 from limbeck.signals.store import model_fingerprint
 from limbeck.tasks import Task
@@ -31,6 +32,8 @@ CEILING_NOTE = (
     "The same student and budget, but with the label of every training sample: what the student could reach if nothing were hidden. "
     "Neither the distilled student nor the student alone saw those labels."
 )
+
+FOREIGN_NOTE = "The teacher reads other tokens than the student: its nats a token do not compare with the student's, bits a byte do."
 
 
 def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Outcome:
@@ -49,6 +52,10 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         raise UserError(f"evaluation.{what} needs a validation split, and there is none", "set data.valid, for example data.valid=0.1")
     if recipe.precision == "fp16" and session.device.type == "cpu":
         raise UserError("precision fp16 needs a GPU, and this run is on the processor", "set precision=bf16 or precision=no")
+    for stage in recipe.stages or [schema.Stage()]:  # before anything is trained
+        if not stage.data:
+            made = models.make_method(stage.method or recipe.method, given.get("method") if stage.method is None else None)
+            check_family(made, task)
     networks = models.teacher_networks(recipe, data, session, given)
     session.digest += data.fingerprint
     if cut := getattr(data.train, "cut", 0):
@@ -113,7 +120,7 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
             found["ceiling"] = _alone("ceiling", start, on_device.with_all_labels(), task, recipe, session, total)
     foreign = None
     if any(hasattr(network, "limbeck_text") for network in networks.values()):
-        foreign = models.in_own_tokens(next(iter(recipe.teacher.models.values())), recipe, data, given.get("data"))[1]
+        foreign = in_own_tokens(next(iter(recipe.teacher.models.values())), recipe, data, given.get("data"))[1]
     return _measure(found, method, on_device, task, recipe, session, phase, foreign)
 
 
@@ -234,8 +241,10 @@ def _measure(
     metrics["student"] |= method.figures(student, method.for_measuring(data), task, session.device)
     summary: dict[str, Any] = {"method": method.card.id, "wing": "knowledge", "metrics": metrics, "primary": task.primary, "cost": costs}
     summary["data"] = data.describe()
+    if foreign is not None:
+        summary["notes"] = {"teacher": FOREIGN_NOTE}
     if "ceiling" in metrics:
-        summary["notes"] = {"ceiling": CEILING_NOTE}
+        summary.setdefault("notes", {})["ceiling"] = CEILING_NOTE
     if task.family != "classification":
         if "teacher" in found and foreign is None:
             near = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from limbeck.data import Data, open_data
 from limbeck.data.text import is_text, open_text
 from limbeck.errors import UserError
 from limbeck.knowledge import models
+from limbeck.models import tokens_of
 from limbeck.signals import Anatomy, Pair, anatomy
 from limbeck.signals.inspection import pairs
 from limbeck.zoo.language import LANGUAGE, Tokens
@@ -97,7 +99,7 @@ def _dry(name: str, network: nn.Module, inputs: Any) -> Subject:
 def _build(reference: str, data: Data | None, shape: tuple[int, ...] | None, args: Mapping[str, Any]) -> nn.Module:
     known: dict[str, Any] = {}
     if data is not None and data.text is not None:
-        known = {"tokens": models.tokens_of(data)}
+        known = {"tokens": tokens_of(data)}
     elif data is None and reference in TOKENS:
         known = {"tokens": TOKENS[reference]}
     elif data is not None:
@@ -191,6 +193,8 @@ def recipe_networks(recipe: schema.Recipe, data: Data) -> tuple[dict[str, nn.Mod
     for name, spec in recipe.teacher.models.items():
         role = "teacher" if len(recipe.teacher.models) == 1 else f"teacher {name}"
         teachers[name] = models.build(spec, data, spec.train.seed if spec.train else 0, role)
+    if recipe.student.model == "teacher" and len(teachers) == 1:
+        return teachers, copy.deepcopy(next(iter(teachers.values())))
     return teachers, models.build(recipe.student, data, recipe.seed, "student")
 
 

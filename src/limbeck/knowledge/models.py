@@ -14,7 +14,6 @@ from limbeck import __version__, places, storage, zoo
 from limbeck import method as registry
 from limbeck import recipe as schema
 from limbeck.data import Data
-from limbeck.data.text import check_tokenizers
 from limbeck.engine.session import Session
 from limbeck.errors import UserError
 from limbeck.knowledge.distiller import Distiller
@@ -30,8 +29,8 @@ from limbeck.knowledge.teachers import (
     StoredTeacher,
     Teacher,
 )
+from limbeck.knowledge.tokens import check_student_tokens, check_tokens, in_own_tokens
 from limbeck.models import build, check_input, kept, open_recipe_data, task_of
-from limbeck.schema import Text as TextBlock
 from limbeck.signals.store import Store, model_fingerprint
 from limbeck.tasks import Task
 
@@ -45,7 +44,13 @@ def school_data(spec: schema.Model, recipe: schema.Recipe, data: Data, given: An
     """The data that a `train` block trains on: the recipe's, with the keys changed that the block changes."""
     if spec.train is None or not spec.train.data:
         return data
-    return open_recipe_data(schema.Data.model_validate({**recipe.data.model_dump(), **spec.train.data}), given, recipe, data)
+    own = open_recipe_data(schema.Data.model_validate({**recipe.data.model_dump(), **spec.train.data}), given, recipe, data)
+    if own.classes and data.classes and own.classes != data.classes:
+        raise UserError(
+            f"train.data {own.name} has {len(own.classes)} classes that are not those of {data.name}",
+            "a model may be trained on other samples, not on other classes",
+        )
+    return own
 
 
 def kept_at(spec: schema.Model, network: nn.Module, recipe: schema.Recipe, own: Data, session: Session) -> tuple[Path, dict[str, Any]]:
@@ -67,6 +72,8 @@ def kept_at(spec: schema.Model, network: nn.Module, recipe: schema.Recipe, own: 
         "method": make_method(school.method).values(),
         "data": own.fingerprint,
         "augment": school.data.get("augment", recipe.data.augment),
+        # what a loss against labels depends on beyond the data; as it stands in most recipes it leaves older keys as they are
+        **({"task": [recipe.task, recipe.label_smoothing]} if recipe.task != "auto" or recipe.label_smoothing else {}),
         "limbeck": __version__,
         "device": session.device.type,
         "precision": session.precision,
@@ -87,6 +94,8 @@ def schooled(
         before = spec.model_copy(update={"train": school.first})
         network = schooled(before, network, recipe, data, session, f"{phase}-first", given_data)
     own = school_data(spec, recipe, data, given_data)
+    if own.text is not None:  # before it learns: whether its output matrix says all of its logits decides what it learns
+        check_input(network.to(session.device), own, session, "student" if phase.startswith("start") else "teacher")
     _, content = kept_at(spec, network, recipe, own, session)
 
     def train(work: Path, key: str) -> nn.Module:
@@ -138,57 +147,6 @@ def teacher_networks(recipe: schema.Recipe, data: Data, session: Session, given:
         network.to(session.device)
         check_input(network, own.get(name, data), session, "teacher" if len(found) == 1 else f"teacher {name}")
     return found
-
-
-def in_own_tokens(spec: schema.Model, recipe: schema.Recipe, data: Data, given: Any = None) -> tuple[schema.Recipe, Data]:
-    """The recipe and the data as a model sees them that reads other tokens: `text` of its block, or a tokenizer in its folder.
-
-    Both are returned as they are where the model reads the data's own tokens.
-
-    Raises:
-        UserError: a `text` block for data that are no texts, or that were given as an object.
-    """
-    if data.text is None or data.kind not in ("causal-lm", "seq2seq"):
-        if spec.text:
-            raise UserError(f"a model's text block is for language models, and {data.name} is a {data.kind} task", "leave `text` out")
-        return recipe, data
-    changes = spec.text or _folder_tokenizer(spec, data)
-    if not changes:
-        return recipe, data
-    if isinstance(given, Data):
-        raise UserError(
-            "a teacher with another tokenizer needs the texts themselves, and the data were given as an object",
-            "name the data in the recipe (data.source)",
-        )
-    text = TextBlock.model_validate({**(recipe.text or TextBlock()).model_dump(), **changes})
-    own = recipe.model_copy(update={"text": text})
-    return own, open_recipe_data(recipe.data, given, own)
-
-
-def _folder_tokenizer(spec: schema.Model, data: Data) -> dict[str, Any]:
-    """The tokenizer in a model's folder as keys of a `text` block; empty where there is none or where it is the data's."""
-    from limbeck.data.text.tokens import load_tokenizer
-
-    name = spec.model.removeprefix("hf:").removeprefix("folder:")
-    folder = Path(name).expanduser()
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
-        return {}
-    try:
-        check_tokenizers(load_tokenizer(f"hf:{folder}", None, "eos"), data.text)  # type: ignore[arg-type]
-    except UserError:
-        return {"tokenizer": f"hf:{folder}"}
-    return {}
-
-
-def check_tokens(networks: Mapping[str, nn.Module], data: Data) -> None:
-    """Every network reads the tokens of the data.
-
-    Raises:
-        UserError: one has a tokenizer of its own; names where they differ and the methods that can do with it.
-    """
-    for network in networks.values():
-        if (text := getattr(network, "limbeck_text", None)) is not None and data.text is not None:
-            check_tokenizers(text, data.text)
 
 
 def make_teacher(
@@ -319,6 +277,7 @@ def make_student(recipe: schema.Recipe, data: Data, session: Session, given: Map
         if recipe.student.model == "teacher":
             student = as_teacher(recipe, data, session, given)
         else:
+            check_student_tokens(recipe.student, data)
             student = build(recipe.student, data, recipe.seed, "student")
         if recipe.student.train:
             spec = recipe.student.model_copy(update={"train": recipe.student.train.model_copy(update={"seed": recipe.seed})})

@@ -300,7 +300,8 @@ def _store(
     if task.family not in KEPT_TOP:
         return {}
     shapes, rows = _stored(networks, wants, data, task, session)
-    found: dict[str, Any] = {"signals": list(shapes), "rows": rows, "row": "token" if task.family == "language" else "sample", "row_bytes": {}}
+    row = "token" if task.family == "language" else "sample"
+    found: dict[str, Any] = {"signals": list(shapes), "rows": rows, "row": row, "row_bytes": {}}
     forms: dict[Form, int | None] = {"float16": None}
     if "logits" in shapes:
         found["k"] = forms["topk"] = min(KEPT_TOP[task.family], max(1, shapes["logits"][-1] // 2))

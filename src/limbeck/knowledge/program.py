@@ -29,6 +29,19 @@ def steps_of(training: Any, steps_per_epoch: int) -> int:
     return int(training.steps) if training.steps is not None else max(1, round(training.epochs * steps_per_epoch))
 
 
+def check_family(method: Distiller, task: Task) -> None:
+    """Refuse a method that is not for this family of tasks.
+
+    Raises:
+        UserError: naming both.
+    """
+    if task.family not in method.tasks:
+        raise UserError(
+            f"{method.card.id} is for {' and '.join(method.tasks)}, and this is a {task.kind} task",
+            f"`limbeck methods {task.family}` lists what can work with it",
+        )
+
+
 class KnowledgeProgram:
     """Implements `limbeck.engine.program.Program` for a `Distiller`.
 
@@ -84,11 +97,7 @@ class KnowledgeProgram:
                 f"a batch of {self._batches.batch_size} cannot be cut into {training.accumulate} equal parts",
                 "set training.batch or training.accumulate",
             )
-        if task.family not in method.tasks:
-            raise UserError(
-                f"{method.card.id} is for {' and '.join(method.tasks)}, and this is a {task.kind} task",
-                f"`limbeck methods {task.family}` lists what can work with it",
-            )
+        check_family(method, task)
         if method.needs_valid and data.valid is None:
             raise UserError(
                 f"{method.card.id} learns on a validation split, and there is none", "set data.valid, for example data.valid=0.1"
@@ -146,6 +155,8 @@ class KnowledgeProgram:
         """Equal parts of a batch; each knows how much its labelled and its unlabelled samples weigh in the whole.
 
         Of tasks that score several items a sample (tokens), `extra["share"]` is what a part's mean weighs in the whole batch's mean.
+        A method that forms a term on other samples than the part's names it in `extra["other_items"]`: all its parts weigh the same,
+        because nobody knows yet how many items the later parts will have.
         """
         size = len(batch) // count
         labelled, items = batch.labelled, self.task.scored(batch)
@@ -175,7 +186,8 @@ class KnowledgeProgram:
         if self._adds_teacher_loss and turn == "student":
             terms = {**terms, "teacher": self.method.hard(batch, self.teacher(batch).scores)}
         if "share" in batch.extra:
-            terms = {name: value * batch.extra["share"] for name, value in terms.items()}
+            other = batch.extra.get("other_items", ())
+            terms = {name: value if name in other else value * batch.extra["share"] for name, value in terms.items()}
         return terms
 
     def after_step(self, clock: Clock) -> None:
@@ -191,7 +203,7 @@ class KnowledgeProgram:
 
     def restore(self, memory: dict[str, Any]) -> None:
         """Take it back."""
-        self.method.state = memory["method"]
+        self.method.state = _placed(memory["method"], self.method.state)
         self.teacher.restore(memory["teacher"])
 
     def train(self) -> None:
@@ -207,7 +219,7 @@ class KnowledgeProgram:
         metrics = self.task.measure(self.network(), split, self.evaluate_batch, self.device).metrics
         if not metrics:
             return {}
-        chance, primary = self.task.chance(split.labels), metrics[self.task.primary]
+        chance, primary = self.task.chance(split.labels, len(split)), metrics[self.task.primary]
         if primary <= chance if self.task.higher_is_better else primary >= chance:
             self._pending.append(f"the student is no better than chance ({self.task.primary} {primary:.3f}, chance {chance:.3f})")
         return metrics
@@ -242,6 +254,15 @@ class KnowledgeProgram:
     def finish(self) -> nn.Module:
         """The student that is kept, in evaluation mode, after the method's last word."""
         return self.method.finish(self.network(), self.models, self.data).eval()
+
+
+def _placed(value: Any, like: Any) -> Any:
+    """State from a checkpoint (which is read on the CPU), each tensor on the device where `setup` puts the one of its name."""
+    if isinstance(value, Tensor):
+        return value.to(like.device) if isinstance(like, Tensor) else value
+    if isinstance(value, dict) and isinstance(like, dict):
+        return {key: _placed(item, like.get(key)) for key, item in value.items()}
+    return value
 
 
 def _cut(value: Any, pick: slice) -> Any:

@@ -94,8 +94,12 @@ def headline(summary: Mapping[str, Any], task: Task) -> str:
     if "teacher" in metrics and "teacher" in costs:
         times = costs["teacher"]["params"] / max(costs["student"]["params"], 1)
         faster = costs["teacher"]["latency_ms"] / max(costs["student"]["latency_ms"], 1e-9)
-        best = metrics["teacher"][name]
-        text += f" The teacher reaches {best:.3f} with {times:.1f} times the parameters and {faster:.1f} times the time."
+        reached = f"reaches {metrics['teacher'][name]:.3f}"
+        if "teacher" in summary.get("notes", {}):  # it reads other tokens, and figures a token do not compare
+            per_byte = [metrics[role].get("bits_per_byte") for role in ("teacher", "student")]
+            known = all(value is not None for value in per_byte)
+            reached = f"has other tokens ({per_byte[0]:.3f} bits a byte, the student {per_byte[1]:.3f})" if known else "has other tokens"
+        text += f" The teacher {reached}, {times:.1f} times the parameters and {faster:.1f} times the time."
     near = summary.get("to_teacher", {}).get("student")
     if near:
         text += f" The teacher would accept {percent(near['acceptance'])} of the student's tokens."

@@ -149,7 +149,7 @@ class LanguageReader:
             if handle is not None:
                 handle.remove()
         said: dict[str, Any] = {}
-        if self.head is None:
+        if self.head is None or not caught:  # no output matrix, or one that the model multiplies with without calling it
             logits = logits_of(output)
             hidden = None
             said["law"] = Law(dense=self.rows(logits, batch), vocabulary=self._cut(logits.shape[-1]))
@@ -197,18 +197,38 @@ def settle(model: nn.Module, batch: Batch, kind: str, vocabulary: int, role: str
     try:
         with torch.no_grad():
             reader = LanguageReader(model, ("law",), kind=kind, vocabulary=vocabulary, grad=False)
-            law = reader(batch).law.logits()
+            if kind == "causal-lm":
+                batch = batch.replace(labels=None)  # every position is compared, also where none of these texts is scored
+            read = reader(batch).law
+            law, called = read.logits(), read.dense is None or reader.head is None
             own = logits_of(call(model, reader.inputs(batch)))
             if own.ndim != 3 or own.shape[-1] < vocabulary:
                 raise UserError(
                     f"{role}: the model gives outputs of shape {tuple(own.shape)}, the task needs (batch, length, {vocabulary} or more)",
                     "give a language model with the vocabulary of the tokenizer (text.tokenizer)",
                 )
+            if kind == "causal-lm":
+                _check_causal(model, batch, own, vocabulary, role)
             expected = reader.rows(own, batch)[:, :vocabulary].float()
-            if torch.allclose(law, expected, atol=_AGREE * float(expected.abs().max().clamp_min(1)), rtol=0):
+            most = max(1.0, float(expected.abs().amax())) if expected.numel() else 1.0
+            if called and torch.allclose(law, expected, atol=_AGREE * most, rtol=0):
                 return None
             model.limbeck_dense = True  # type: ignore[assignment]
             return f"{role}: {type(model).__name__} does more behind its output matrix than is known here, so whole logits are kept"
     finally:
         model.train(was_training)
 
+
+def _check_causal(model: nn.Module, batch: Batch, own: Tensor, vocabulary: int, role: str) -> None:
+    """Other tokens in the second half of the texts must not change what a causal model says in the first half."""
+    ids = batch.inputs["input_ids"]
+    half = ids.shape[1] // 2
+    other = ids.clone()
+    other[:, half:] = (other[:, half:] + 1) % vocabulary
+    again = logits_of(call(model, {**batch.inputs, "input_ids": other}))
+    share = 1e-5 if own.dtype == torch.float32 else _AGREE  # a fresh model looks ahead by little, and rounding is less
+    if bool(((again - own)[:, :half].abs() > share * own.abs().max()).any()):
+        raise UserError(
+            f"{role}: {type(model).__name__} sees tokens that come later in a text, so it cannot learn which one comes next",
+            "use llama, gpt2 or hf:<folder> of a decoder (of BERT-like models: args.is_decoder=true)",
+        )

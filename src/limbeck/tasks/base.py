@@ -90,8 +90,13 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def chance(self, labels: Tensor | None) -> float:
-        """What `primary` is for a model that knows nothing of the inputs: the floor that a student must pass."""
+    def chance(self, labels: Tensor | None, samples: int | None = None) -> float:
+        """What `primary` is for a model that knows nothing of the inputs: the floor that a student must pass.
+
+        Args:
+            labels: of the split that is measured, if it has any.
+            samples: how many it has.
+        """
 
     def example_size(self) -> int:
         """Samples of a dry pass."""

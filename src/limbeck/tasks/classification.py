@@ -214,7 +214,7 @@ class Classification(Task):
             figures["map"] = sum(float(average_precision_score(truth[:, c], scores[:, c])) for c in each) / len(each)
         return figures
 
-    def chance(self, labels: Tensor) -> float:
+    def chance(self, labels: Tensor, samples: int | None = None) -> float:
         """The share of the commonest class; for many labels the mean share of positives, which a random ranking scores as map.
 
         >>> Classification(("a", "b", "c")).chance(torch.tensor([0, 0, 1, -1]))

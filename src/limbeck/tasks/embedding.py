@@ -99,9 +99,10 @@ class Embedding(Task):
     def check_pair(self, student: Signals, teacher: Signals) -> None:
         """Nothing: widths may differ, methods compare similarities or project."""
 
-    def chance(self, labels: Tensor | None) -> float:
-        """The expected reciprocal rank of a random order of the pool."""
-        return sum(1 / rank for rank in range(1, self.pool + 1)) / self.pool
+    def chance(self, labels: Tensor | None, samples: int | None = None) -> float:
+        """The expected reciprocal rank of a random order of the candidates: `pool`, or the whole split where it is smaller."""
+        count = self.pool if samples is None else min(self.pool, samples)
+        return sum(1 / rank for rank in range(1, count + 1)) / count
 
     @torch.no_grad()
     def embed(self, model: Any, split: Split, batch: int, device: torch.device) -> dict[str, list[Tensor]]:

@@ -122,7 +122,7 @@ class Language(Task):
         """Forward KL times T^2, a mean over the scored positions."""
         return losses.divergence(student, teacher, "forward", temperature=temperature, scale_temperature=True, **options)
 
-    def chance(self, labels: Tensor | None) -> float:
+    def chance(self, labels: Tensor | None, samples: int | None = None) -> float:
         """ln V: what a model that gives every token the same probability has."""
         return math.log(self.text.vocabulary)
 
@@ -173,7 +173,7 @@ class Language(Task):
             written += self.write(model, split, torch.arange(first, min(first + self.writing.batch, count)), device)
         index = torch.arange(count)
         references, prompts = split.references(index), split.prompt_texts(index)
-        figures = {"rouge_l": rouge_l(written, references), "exact_match": exact_match(written, references)}
+        figures = {"rouge_l": rouge_l(written, references)["f"], "exact_match": exact_match(written, references)}
         if (spread := distinct_n(written, 2)) is not None:
             figures["distinct_2"] = spread
         rows = [{"prompt": p, "reference": r, "written": w} for p, r, w in zip(prompts, references, written)]

@@ -65,6 +65,8 @@ def save_model(model: nn.Module, folder: str | Path, *, card: str = "", extra: d
         with quiet():
             note["base"] = save_adapter(model, folder)
         note["files"] = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+        if note["base"] == BASE:
+            note["base_files"] = {p.name: sha256(p) for p in sorted((folder / BASE).glob("*.safetensors"))}
         write_json(folder / NOTE, note)
     elif isinstance(model, SentenceEncoder):
         with quiet():
@@ -103,7 +105,7 @@ def read_note(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not readable: {error}", "restore or remake the folder") from None
     if not isinstance(note, dict):
         raise UserError(f"{path} is not the note of a model", "restore or remake the folder")
-    if any(not isinstance(note.get(key, {}), dict) for key in ("files", "tied", "args", "extra")):
+    if any(not isinstance(note.get(key, {}), dict) for key in ("files", "base_files", "tied", "args", "extra")):
         raise UserError(f"{path} is not the note of a model", "restore or remake the folder")
     if note.get("format") != FORMAT:
         if "model_type" in note:
@@ -138,19 +140,15 @@ def load_model(folder: str | Path, *, model: nn.Module | None = None, trust_pyth
     """
     folder = Path(folder)
     note = read_note(folder)
-    for name, expected in note.get("files", {}).items():
-        path = folder / Path(name).name
-        if not path.is_file():
-            raise UserError(f"no file at {path}", "restore or remake the folder")
-        if sha256(path) != expected:
-            raise UserError(f"{path} is torn or was altered: its checksum differs from the recorded one", "restore or remake it")
+    _check_files(folder, note.get("files", {}))
     if (folder / "adapter_config.json").is_file():
         if model is None and not note.get("base"):
             raise UserError(
                 f"{folder} holds an adapter, and does not say of which network", "name the network: teacher or student with `weights`"
             )
-        base = model if model is not None else _base(note["base"], folder)
-        return load_adapter(folder, base.get_base_model() if is_adapted(base) else base).train()
+        if model is not None and is_adapted(model):
+            return load_adapter(folder, model)
+        return load_adapter(folder, model if model is not None else _base(note, folder)).train()
     if is_sentence_folder(folder):
         with quiet():
             return _into(model, load_sentence(folder, note.get("files", {})), folder)
@@ -170,12 +168,27 @@ def load_model(folder: str | Path, *, model: nn.Module | None = None, trust_pyth
     return model
 
 
-def _base(name: str, folder: Path) -> nn.Module:
+def _check_files(folder: Path, files: dict[str, str]) -> None:
+    """The files of a note are there and whole; only names count, so that no note leads out of the folder."""
+    for name, expected in files.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise UserError(f"no file at {path}", "restore or remake the folder")
+        if sha256(path) != expected:
+            raise UserError(f"{path} is torn or was altered: its checksum differs from the recorded one", "restore or remake it")
+
+
+def _base(note: dict[str, Any], folder: Path) -> nn.Module:
     """The network that an adapter belongs to: beside it, in a folder, or on the hub."""
+    name = str(note["base"])
     place = folder / BASE if name == BASE else Path(name)
     if Path(name).is_absolute() and not place.is_dir():
         raise UserError(f"the adapter in {folder} belongs to the network in {name}, which is gone", "restore that folder")
+    if name == BASE:
+        _check_files(place, note.get("base_files", {}))
     with quiet():
+        if is_sentence_folder(place):
+            return load_sentence(place, note.get("base_files", {}))
         return build_hub(str(place.resolve()) if place.is_dir() else name)
 
 

@@ -215,18 +215,19 @@ def _offer(kind: str) -> str:
     return f"use {usual}, or hf:<folder> of such a model"
 
 
-def open_language(name: str, tokens: Tokens, config_only: bool = False, **overrides: Any) -> nn.Module:
+def open_language(name: str, tokens: Tokens, config_only: bool = False, new_head: bool = False, **overrides: Any) -> nn.Module:
     """A transformers model for text by folder or hub id; weights in safetensors only, no code of the folder is run.
 
     Args:
         name: a folder with config.json (and weights), or an id of the hub (needs the network, or a filled cache).
         tokens: the tokenizer's facts.
         config_only: random weights.
+        new_head: of a classification, begin with a fresh classifier where the folder has none, or one for other classes.
         overrides: entries of the configuration to change.
 
     Raises:
-        UserError: no such folder, not for this kind of task, weights that are pickled or damaged, a vocabulary that is narrower than the
-            tokenizer, or a context that is shorter than the texts.
+        UserError: no such folder, not for this kind of task, weights that are pickled, damaged or missing, a vocabulary that is narrower
+            than the tokenizer, or a context that is shorter than the texts.
     """
     transformers = library()
     local = Path(name).expanduser()
@@ -243,19 +244,30 @@ def open_language(name: str, tokens: Tokens, config_only: bool = False, **overri
     if type(config) not in auto._model_mapping:
         raise UserError(f"{name} ({config.model_type}) is not for a {tokens.kind} task", _offer(tokens.kind))
     if tokens.classes is not None:
+        own = config.num_labels if any("Classification" in kind for kind in config.architectures or ()) else None
+        if own is not None and own != tokens.classes and not (config_only or new_head):
+            raise UserError(f"{name} has {own} classes, but the data has {tokens.classes}", "set new_head: true to train a fresh head")
         config.num_labels = tokens.classes
     if config_only:
         config._name_or_path = ""  # what is built from it does not hold that folder's weights
         return from_config(config, tokens.kind, name)
     options: dict[str, Any] = {"config": config, "use_safetensors": True, "trust_remote_code": False, "dtype": "float32"}
-    if tokens.kind == "classification":
-        options["ignore_mismatched_sizes"] = True
     try:
         with quiet():
-            return auto.from_pretrained(place, **options)
+            model, found = auto.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=new_head, **options)
     except Exception as error:
         hint = "weights are read from safetensors only; config_only: true starts from random ones"
         raise UserError(f"the weights of {name} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}", hint) from None
+    unused = "pooler" if tokens.kind == "embedding" else None  # sentence embeddings never use a pooling layer
+    missing = sorted(key for key in found["missing_keys"] if unused is None or unused not in key)
+    if missing and not new_head:
+        raise UserError(
+            f"{name} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} of a {type(model).__name__}",
+            "new_head: true begins with random ones there and trains them"
+            if tokens.kind == "classification"
+            else f"give a folder that holds a model for a {tokens.kind} task, or config_only: true",
+        )
+    return model
 
 
 def _override(config: Any, overrides: Mapping[str, Any], name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from limbeck.errors import UserError
+from limbeck.storage import load_tensors
 
 _KINDS = {"causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "multiclass": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}
 
@@ -65,6 +66,9 @@ def adapt(
         raise UserError(f"adapter: {str(error).splitlines()[0]}", f"its linear layers are {', '.join(names[:12])}") from None
 
 
+ADAPTER = "adapter_model.safetensors"
+"""The file with an adapter's weights, as peft calls it."""
+
 BASE = "base"
 """Folder beside an adapter with the network that it belongs to, where no folder or hub id holds that network."""
 
@@ -79,7 +83,11 @@ def save_adapter(model: nn.Module, folder: Path) -> str:
     name = str(getattr(base, "name_or_path", "") or "")
     model.save_pretrained(folder)  # type: ignore[operator]
     if not name:
-        _without_adapter(model).save_pretrained(folder / BASE)
+        plain = _without_adapter(model)
+        # what is no model of transformers but holds one (an encoder of sentences) has a form of its own
+        write = getattr(plain, "save_pretrained", None) or plain.save
+        (folder / BASE).mkdir(exist_ok=True)
+        write(folder / BASE)
         return BASE
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
@@ -90,14 +98,26 @@ def _without_adapter(model: nn.Module) -> nn.Module:
 
 
 def load_adapter(folder: Path, base: nn.Module) -> nn.Module:
-    """The network with its adapter, as it was saved.
+    """The network with its adapter, as it was saved; the adapter can go on learning.
+
+    Args:
+        folder: holds the adapter.
+        base: the network that it belongs to. One that has an adapter already keeps it, with the weights of the folder.
 
     Raises:
-        UserError: the adapter does not fit the network.
+        UserError: the adapter is missing or does not fit the network.
     """
     peft = _peft()
+    if not (folder / ADAPTER).is_file():  # peft would take a pickle, or look for one on the hub
+        raise UserError(f"no file at {folder / ADAPTER}", "adapters are read from safetensors only: restore or remake the folder")
     try:
-        return peft.PeftModel.from_pretrained(base, str(folder))
-    except (RuntimeError, ValueError, OSError) as error:
+        if not is_adapted(base):
+            return peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        found = peft.set_peft_model_state_dict(base, load_tensors(folder / ADAPTER))
+        missing = [name for name in found.missing_keys if "lora_" in name]
+        if missing or found.unexpected_keys:
+            raise ValueError(f"{len(missing)} missing and {len(found.unexpected_keys)} foreign weights")
+        return base
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
         what = f"the adapter in {folder} does not fit {type(base).__name__}: {str(error).splitlines()[0]}"
         raise UserError(what, "name its own base") from None

@@ -99,6 +99,7 @@ class SentenceEncoder(nn.Module):
         write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes})
         files = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
         if self.projection is not None:
+            (folder / "modules.json").unlink(missing_ok=True)  # of an encoder without projection that was saved here before
             files[_HEAD] = save_tensors(folder / _HEAD, {k: v.detach().cpu().contiguous() for k, v in self.projection.state_dict().items()})
         else:
             modules.append(("2_Normalize", "Normalize"))
@@ -107,15 +108,22 @@ class SentenceEncoder(nn.Module):
                 for i, (path, kind) in enumerate(modules)
             ]
             write_json(folder / "modules.json", listed)
-        write_json(folder / _NOTE, {"pooling": self.pooling, "projection": _sizes(self.projection)})
+        write_json(folder / _NOTE, {"pooling": self.pooling, **_form(self.projection)})
         return files
 
 
-def _sizes(projection: nn.Module | None) -> list[int] | None:
+def _form(projection: nn.Module | None) -> dict[str, Any]:
+    """The sizes of a projection and whether a layer norm stands in it, as `_projection` needs them."""
     if projection is None:
-        return None
-    linear = next(m for m in projection.modules() if isinstance(m, nn.Linear))
-    return [linear.in_features, linear.out_features]
+        return {"projection": None}
+    layers = [m for m in projection.modules() if not isinstance(m, nn.Sequential)]
+    linear = layers[-1]
+    if not isinstance(linear, nn.Linear) or linear.bias is None or [type(m) for m in layers[:-1]] not in ([], [nn.LayerNorm]):
+        raise UserError(f"a projection of {', '.join(type(m).__name__ for m in layers)} cannot be saved", "use limbeck.zoo.sentence.head")
+    bare = isinstance(projection, nn.Linear)
+    if not bare and len(layers) < 2:
+        raise UserError("a projection of one layer in a Sequential cannot be saved", "give the layer itself")
+    return {"projection": [linear.in_features, linear.out_features], "norm": not bare}
 
 
 def head(width: int, out: int) -> nn.Module:
@@ -136,13 +144,24 @@ def load_sentence(folder: Path, checksums: dict[str, str]) -> SentenceEncoder:
     """
     import json
 
-    note = json.loads((folder / _NOTE).read_text("utf-8"))
-    encoder = library().AutoModel.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
+    try:
+        note = json.loads((folder / _NOTE).read_text("utf-8"))
+        pooling, sizes = note["pooling"], note["projection"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / _NOTE} is torn or was altered ({type(error).__name__})", "restore or remake the folder") from None
+    options = {"use_safetensors": True, "trust_remote_code": False}
+    try:  # BERT-like encoders carry a pooling layer that sentence embeddings never use
+        encoder = library().AutoModel.from_pretrained(str(folder), add_pooling_layer=False, **options)
+    except TypeError:
+        encoder = library().AutoModel.from_pretrained(str(folder), **options)
     projection = None
-    if note["projection"] is not None:
-        projection = head(*note["projection"])
-        projection.load_state_dict(load_tensors(folder / _HEAD, checksums.get(_HEAD)))
-    return SentenceEncoder(encoder, note["pooling"], projection)
+    if sizes is not None:
+        projection = head(*sizes) if note.get("norm", True) else nn.Linear(*sizes)
+        try:
+            projection.load_state_dict(load_tensors(folder / _HEAD, checksums.get(_HEAD)))
+        except RuntimeError as error:
+            raise UserError(f"{folder / _HEAD} does not fit: {str(error).splitlines()[-1]}", "restore or remake the folder") from None
+    return SentenceEncoder(encoder, pooling, projection)
 
 
 def minilm_folder() -> Path:

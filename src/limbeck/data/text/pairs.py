@@ -168,7 +168,9 @@ class PairSplit(Split):
             raise UserError(f"there are {len(completions)} completions for {len(self)} prompts", "give one a prompt")
         if (empty := next((i for i, c in enumerate(completions) if not c.strip()), None)) is not None:
             raise UserError(f"the completion of row {empty} is empty", "leave the row out with subset(), or ask again")
-        ids = self.text.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+        from limbeck.data.text.encode import token_ids
+
+        ids = token_ids(self.text.tokenizer, list(completions))
         own = {name: column for name, column in self.columns.items() if name not in ("label", "teacher", "rationale")}
         columns = {name: _picked(column, self.rows) for name, column in own.items()}
         columns["completion"] = Ragged.of([[*row, *self.closing] for row in ids])

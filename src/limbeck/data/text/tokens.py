@@ -141,7 +141,14 @@ def _read(name: str) -> Any:
     if name.startswith((".", "/", "~")) and not folder.exists():
         raise UserError(f"no folder at {folder}", "check the path of the tokenizer")
     try:
-        return _transformers().AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name, trust_remote_code=False)
+        made = _transformers().AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name, trust_remote_code=False)
+        if (file := folder / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            # beside some configurations (BERT) the class of that family is opened, which ignores a file of another kind of tokenizer
+            if Tokenizer.from_file(str(file)).get_vocab_size() != len(made):
+                made = _transformers().PreTrainedTokenizerFast.from_pretrained(str(folder))
+        return made
     except Exception as error:  # the library raises many kinds, all about the id, the files or the network
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"no tokenizer at {name}: {why}", "give bpe:<size>, words:<size>, minilm, or a folder or hub id") from None

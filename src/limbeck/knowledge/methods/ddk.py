@@ -72,7 +72,7 @@ class DDK(Distiller):
         """Find the domains.
 
         Raises:
-            UserError: texts without domains, or a domain that is missing in the training or validation part.
+            UserError: texts without domains, a domain that is missing in the training or validation part, or a stored teacher.
         """
         self._names = tuple(pair.data.text.domains) if pair.data.text is not None else ()
         self._split, self._valid, self._device, self._batch = pair.data.train, pair.data.valid, pair.device, pair.training.batch
@@ -90,7 +90,13 @@ class DDK(Distiller):
         even = torch.full((count,), 1 / count, dtype=torch.float64)
         self.state = {"shares": even, "taken": torch.zeros(count, dtype=torch.int64), "follows": self.sampling == "uniform"}
         if self.sampling == "follow":
+            if not pair.teacher.networks():
+                raise UserError(
+                    "ddk measures the teacher on validation texts, and stored outputs are those of the training texts",
+                    "name the teacher itself, or set sampling to uniform or proportional",
+                )
             self._taught = self._perplexities(pair.teacher, pair.student)
+            self.state["shares"] = self._ratio(pair.read_student, pair.student).softmax(0)
             self.state["history"] = []
 
     @torch.no_grad()
@@ -110,6 +116,10 @@ class DDK(Distiller):
         module.train(was_training)
         return torch.stack(found)
 
+    def _ratio(self, read: Any, module: nn.Module) -> Tensor:
+        """`(N,)` the student's perplexity over the teacher's, domain by domain, at most `most`."""
+        return (self._perplexities(read, module) / self._taught).clamp_max(self.most)
+
     def _drawn(self, size: int) -> Tensor:
         """`(size,)` positions in the training part: domains from the shares, samples of a domain in cycles of permutations."""
         picks = torch.multinomial(self.state["shares"], size, replacement=True)
@@ -127,6 +137,7 @@ class DDK(Distiller):
         """On the batch as it came, or on one that is drawn by domain."""
         self._models = models
         if self.state["follows"]:
+            batch.extra["other_items"] = ("ce", "forward")
             batch = self._split.batch(self._drawn(len(batch))).to(self._device).replace(extra=batch.extra)
         return super().step(batch, models, clock)
 
@@ -139,10 +150,8 @@ class DDK(Distiller):
         """At the end of an interval: measure, and move the shares."""
         if self.sampling != "follow" or (clock.step + 1) % self.interval:
             return
-        own = self._perplexities(self._models.student, self._models.module)
-        ratio = (own / self._taught).clamp_max(self.most)
-        before = self.state["shares"] if self.state["follows"] else ratio.softmax(0)
-        self.state["shares"] = next_shares(before, ratio, self.smooth)
+        ratio = self._ratio(self._models.student, self._models.module)
+        self.state["shares"] = next_shares(self.state["shares"], ratio, self.smooth)
         self.state["follows"] = True
         self.state["history"].append(self.state["shares"].tolist())
 

@@ -124,7 +124,7 @@ class DistillingStepByStep(Distiller):
     def _reasons(self, data: Data, split: PairSplit, teacher: Teacher, session: Session) -> Reasons:
         brought = split.rationales
         if not isinstance(teacher, EndpointTeacher):
-            if self.alpha < 1 and brought is None:
+            if self.alpha < 1 and not any(brought or ()):
                 raise UserError(
                     f"{self.card.id} needs rationales, and {data.name} brings none",
                     "name a server with teacher.endpoint, or use data that bring them, such as tables-in-words with args.explain=tree",

@@ -95,6 +95,7 @@ class DistillSpec(Distiller):
         if self._own(clock):
             self.state["written"] += 1
             written = own_text(models.module, self._split, batch, self._writer, self._text, self.task.kind)
+            batch.extra["other_items"] = (self.divergence,)
             batch = written.replace(extra={k: v for k, v in batch.extra.items() if k != "share"})
         terms[self.divergence] = self.ratio * self._distance(models.student(batch), models.teacher(batch))
         return terms

@@ -75,7 +75,8 @@ class ErnieTiny(Distiller):
         equation="sum_m MSE(A_s, A_t) + MSE(H_s W, H_t) [+ CE(softmax(z_t), z_s) + CE(z_s, y)]",
         baseline="ernie-tiny",
         certainty="recalled",
-        deviations="Attention scores are taken from the maps, up to a constant of each row (the softmax ignores it), averaged over heads.",
+        deviations="Attention scores are taken from the maps, up to a constant of each row (the softmax ignores it), averaged over heads. "
+        "Each stage begins with a fresh optimiser.",
     )
     student_wants: ClassVar[tuple[str, ...]] = ("logits", "stages", "attention")
     teacher_wants: ClassVar[tuple[str, ...]] = ("logits", "stages", "attention")
@@ -107,7 +108,17 @@ class ErnieTiny(Distiller):
         self.parts["W"] = nn.Linear(own[0].shape[-1], other[0].shape[-1], bias=False)
 
     def follow(self, before: Distiller) -> None:
-        """W goes on from the stage before."""
+        """W goes on from the stage before.
+
+        Raises:
+            UserError: the teachers of the two stages differ in width.
+        """
+        own, other = self.parts["W"].weight, before.parts["W"].weight
+        if own.shape != other.shape:
+            raise UserError(
+                f"W has shape {tuple(other.shape)} after one stage of {self.card.id} and {tuple(own.shape)} in the next",
+                "the stages share one matrix: give all their teachers the same width (one before and one after fine-tuning)",
+            )
         self.parts["W"].load_state_dict(before.parts["W"].state_dict())
 
     def _latent(self, batch: Batch, student: Signals, teacher: Signals) -> dict[str, Tensor]:

@@ -48,11 +48,11 @@ class MatryoshkaKV(Distiller):
         equation="0.25 T^2 KL(p || q_r) + 0.75 CE(q_r, y), r ~ U{d/8, ..., d} for each layer and head; cache ((k - m) U)[:r]",
         baseline="alone",
         certainty="verified-in-code",
-        deviations="The term q . m_k of the scores and the training of m_k are left out: it is the same for all keys of a query and drops out "
-        "of the softmax, so it changes nothing and gives m_k no gradient. One rotation for each key/value head; the released code gives every "
-        "query head its own, which a real cache cannot hold. Signs of starting directions are chosen so that the Cayley transform reaches "
-        "them (the released code turns one column where the determinant is negative). Calibration reads training texts, no generated ones. "
-        "Step and floor of the search are d/8 of any head; 32 for heads of 128 in the paper.",
+        deviations="The term q . m_k of the scores and the training of m_k are left out: it is the same for all keys of a query and drops "
+        "out of the softmax, so it changes nothing and gives m_k no gradient. One rotation for each key/value head; the released code "
+        "gives every query head its own, which a real cache cannot hold. Signs of starting directions are chosen so that the Cayley "
+        "transform reaches them (the released code turns one column where the determinant is negative). Calibration reads training "
+        "texts, no generated ones.",
     )
     tasks: ClassVar[tuple[str, ...]] = ("language",)
     student_wants: ClassVar[tuple[str, ...]] = ("law",)

@@ -83,7 +83,7 @@ class ModularStarEncoder(Distiller):
         """The student's encoder with a head at every exit.
 
         Raises:
-            UserError: the student is no sentence encoder, or it has no such layer.
+            UserError: the student is no sentence encoder, it has no such layer, or its exits cannot be cut out.
         """
         if not isinstance(student, SentenceEncoder):
             raise UserError(f"{self.card.id} is for sentence encoders, not {type(student).__name__}", "use bert, minilm or hf:<encoder>")
@@ -96,10 +96,22 @@ class ModularStarEncoder(Distiller):
         self._count = count
         with torch.no_grad():
             width = student(**example.inputs["query"]).shape[-1]
-        return MultiExit(student.encoder, exits, student.pooling, self._out(width)).to(next(student.parameters()).device)
+        made = MultiExit(student.encoder, exits, student.pooling, width).to(next(student.parameters()).device)
+        self._check_cut(made, example)
+        return made
 
-    def _out(self, width: int) -> int:
-        return getattr(self, "_teacher_width", None) or width
+    def _check_cut(self, made: MultiExit, example: Batch) -> None:
+        """An exit that is cut out must say what it says inside; a norm behind the last layer would come to stand behind every cut."""
+        inputs, mode = example.inputs["query"], made.training
+        made.eval()
+        with torch.no_grad():
+            same = torch.allclose(made.cut(0).eval()(**inputs), made(**inputs)[0], atol=1e-3)
+        made.train(mode)
+        if not same:
+            raise UserError(
+                f"{type(made.encoder).__name__} does more behind its last layer than its layers do, so a shallow exit cannot be cut out",
+                "use an encoder of the BERT family, or exits: [<the last layer>]",
+            )
 
     def setup(self, pair: Pair) -> None:
         """Give the heads the teacher's width where there is a teacher."""

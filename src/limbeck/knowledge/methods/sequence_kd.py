@@ -41,7 +41,7 @@ class SequenceKD(Distiller):
         claim="A student trained on its teacher's texts is better than one trained on the references, and needs no beam search.",
         equation="CE(s(x), y'), y' = argmax_y t(y | x)",
         baseline="alone",
-        certainty="paper-text",
+        certainty="recalled",
         deviations="The teacher writes greedily or draws, the paper takes the best of a beam of 5; its interpolation (the text of the "
         "beam that is nearest to the reference) needs a beam and is left out: `mix: both` trains on references and teacher's texts.",
     )

@@ -1,0 +1,86 @@
+"""Who reads which tokens: a teacher may have a tokenizer of its own, a student reads the data's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from limbeck import recipe as schema
+from limbeck.data import Data
+from limbeck.data.text import check_tokenizers
+from limbeck.errors import UserError
+from limbeck.models import open_recipe_data
+from limbeck.schema import Text as TextBlock
+
+
+def in_own_tokens(spec: schema.Model, recipe: schema.Recipe, data: Data, given: Any = None) -> tuple[schema.Recipe, Data]:
+    """The recipe and the data as a model sees them that reads other tokens: `text` of its block, or a tokenizer in its folder.
+
+    Both are returned as they are where the model reads the data's own tokens.
+
+    Raises:
+        UserError: a `text` block for data that are no texts, or that were given as an object.
+    """
+    if data.text is None or data.kind not in ("causal-lm", "seq2seq"):
+        if spec.text:
+            raise UserError(f"a model's text block is for language models, and {data.name} is a {data.kind} task", "leave `text` out")
+        return recipe, data
+    changes = spec.text or _folder_tokenizer(spec, data)
+    if not changes:
+        return recipe, data
+    if isinstance(given, Data):
+        raise UserError(
+            "a teacher with another tokenizer needs the texts themselves, and the data were given as an object",
+            "name the data in the recipe (data.source)",
+        )
+    text = TextBlock.model_validate({**(recipe.text or TextBlock()).model_dump(), **changes})
+    own = recipe.model_copy(update={"text": text})
+    return own, open_recipe_data(recipe.data, given, own)
+
+
+def _folder_tokenizer(spec: schema.Model, data: Data) -> dict[str, Any]:
+    """The tokenizer in a model's folder as keys of a `text` block; empty where there is none or where it is the data's."""
+    from limbeck.data.text.tokens import load_tokenizer
+
+    name = spec.model.removeprefix("hf:").removeprefix("folder:")
+    folder = Path(name).expanduser()
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return {}
+    try:
+        check_tokenizers(load_tokenizer(f"hf:{folder}", None, "eos"), data.text)  # type: ignore[arg-type]
+    except UserError:
+        return {"tokenizer": f"hf:{folder}"}
+    return {}
+
+
+def check_tokens(networks: Mapping[str, nn.Module], data: Data) -> None:
+    """Every network reads the tokens of the data.
+
+    Raises:
+        UserError: one has a tokenizer of its own; names where they differ and the methods that can do with it.
+    """
+    for network in networks.values():
+        if (text := getattr(network, "limbeck_text", None)) is not None and data.text is not None:
+            check_tokenizers(text, data.text)
+
+
+def check_student_tokens(spec: schema.Model, data: Data) -> None:
+    """A student with weights reads the tokens that it was trained on.
+
+    Raises:
+        UserError: its folder has a tokenizer that differs from the data's; tells how to bridge it.
+    """
+    if data.text is None or spec.args.get("config_only") or not (own := _folder_tokenizer(spec, data)):
+        return
+    try:
+        from limbeck.data.text.tokens import load_tokenizer
+
+        check_tokenizers(load_tokenizer(own["tokenizer"], None, "eos"), data.text)  # type: ignore[arg-type]
+    except UserError as error:
+        raise UserError(
+            f"the student reads other tokens than the data are made of: {error.message}",
+            f"set text.tokenizer={own['tokenizer']} and method=universal-logit, or start from random weights (args.config_only)",
+        ) from None
