@@ -88,7 +88,9 @@ def run(made, out):
 def opened(path, kind="AutoModelForCausalLM"):
     import transformers
 
-    return getattr(transformers, kind).from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
+    # beside a BERT configuration AutoTokenizer opens BERT's own class, which ignores a tokenizer.json of another kind, as here
+    coder = transformers.PreTrainedTokenizerFast if "Sequence" in kind else transformers.AutoTokenizer
+    return getattr(transformers, kind).from_pretrained(path).eval(), coder.from_pretrained(path)
 
 
 FAMILIES = {
@@ -112,6 +114,7 @@ def test_folders_as_teacher_and_student(tmp_path, rows, family):
     assert len(coder) == len(WORDS) and ids[0].tolist() == [WORDS.index(w) for w in ("say", "a", "then")]
     more = {"decoder_input_ids": ids[:, :2]} if family == "t5" else {}
     own = limbeck.load_student(result.folder)
+    assert isinstance(result.student, torch.nn.Module) and not result.student.training
     with torch.no_grad():
         torch.testing.assert_close(model(ids, **more).logits, own(ids, **more).logits, rtol=0, atol=0)
     assert any(not torch.equal(a, b) for a, b in zip(model.state_dict().values(), start.state_dict().values()))

@@ -26,6 +26,11 @@ class Artifact:
         """
         raise NotImplementedError
 
+    @property
+    def held(self) -> Any:
+        """What a caller in Python gets; the artifact itself, unless it only carries something."""
+        return self
+
 
 @dataclass
 class Outcome:

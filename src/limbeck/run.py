@@ -280,7 +280,7 @@ def _execute(
             Report(recipe.name, summary, records, outcome.logits, outcome.labels, outcome.inputs, outcome.classes, recipe.to_yaml(), own),
         )
     storage.write_json(folder / "summary.json", summary)
-    return Result(summary, folder, outcome.artifacts)
+    return Result(summary, folder, {name: getattr(made, "held", made) for name, made in outcome.artifacts.items()})
 
 
 def _keep(recipe: schema.Recipe, folder: Path, outcome: Outcome, summary: dict[str, Any]) -> None:

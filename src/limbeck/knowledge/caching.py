@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,10 +146,10 @@ def store_teacher(
         shapes = {"logits": (task.text.vocabulary,)}
         counts = scored_counts(data.train, task)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        unit, rows, write = "tokens", int(starts[-1]), partial(_write_tokens, starts=starts, k=k if form == "topk" else None)
+        unit, rows, pieces = "tokens", int(starts[-1]), partial(_tokens, starts=starts, k=k if form == "topk" else None)
     elif task.family == "classification":
         shapes = {name: tuple(value.shape[1:]) for name, value in flat(teacher(on_device.example(2).to(session.device)), wants).items()}
-        unit, rows, write = "samples", len(data.train), _write
+        unit, rows, pieces = "samples", len(data.train), partial(_samples, wants=wants)
     else:
         raise UserError(f"outputs of a teacher of {task.kind} cannot be stored", "use the teacher itself")
     layout = Layout(shapes, form, k)
@@ -178,35 +177,25 @@ def store_teacher(
         except Timeout:
             raise UserError(f"another command writes in {folder}", "wait for it, or name another folder with --out") from None
         try:
-            write(writer, teacher, on_device, size, wants, session.device, callbacks)
+            _write(writer, pieces(writer, teacher, on_device, size, session.device), callbacks)
         finally:
             lock.release()
     on_disk = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
     return Written(folder, rows, shapes, form, layout.bytes_per_sample, on_disk, found, unit)
 
 
-def _write_tokens(
-    writer: StoreWriter,
-    teacher: Teacher,
-    data: Data,
-    size: int,
-    wants: tuple[str, ...],
-    device: torch.device,
-    callbacks: Sequence[Callback],
-    starts: Tensor,
-    k: int | None,
-) -> None:
-    """One row for each scored token, in the order of the samples; logits of the whole vocabulary exist a chunk at a time."""
-    import time
+Piece = tuple[Tensor, dict[str, Tensor]]
+"""Row numbers, and what the teacher says of them."""
 
-    total, began, first = writer.total, time.perf_counter(), writer.next_index
-    for callback in callbacks:
-        callback.start("cache", first, total)
-    sample = int(torch.searchsorted(starts, torch.tensor(first), right=True)) - 1
-    sample = min(sample, len(data.train) - 1) // size * size
-    while writer.next_index < total:
-        end = min(sample + size, len(data.train))
-        law = teacher(data.train.batch(torch.arange(sample, end)).to(device)).law
+
+def _tokens(
+    writer: StoreWriter, teacher: Teacher, data: Data, size: int, device: torch.device, starts: Tensor, k: int | None
+) -> Iterator[Piece]:
+    """One row for each scored token, in the order of the samples; logits of the whole vocabulary exist a chunk at a time."""
+    sample = int(torch.searchsorted(starts, torch.tensor(writer.next_index), right=True)) - 1
+    for first in range(min(sample, len(data.train) - 1) // size * size, len(data.train), size):
+        end = min(first + size, len(data.train))
+        law = teacher(data.train.batch(torch.arange(first, end)).to(device)).law
         if k is None:
             logits = law.logits()
             said = {"logits": logits - logits.logsumexp(-1, keepdim=True)}
@@ -214,38 +203,27 @@ def _write_tokens(
             top = top_k(law, k)
             rest = (-torch.expm1(top.logs.float().logsumexp(-1))).clamp_min(0)
             said = {VALUES: top.logs, INDICES: top.ids, REST: rest}
-        writer.write(torch.arange(int(starts[sample]), int(starts[end])), said)
-        sample, done = end, writer.next_index
-        record = {"phase": "cache", "step": done, "terms": {}, "rate": (done - first) / max(time.perf_counter() - began, 1e-9)}
-        for callback in callbacks:
-            callback.log(record)
-            callback.tick(done)
-    writer.finish()
-    for callback in callbacks:
-        callback.finish("cache")
+        yield torch.arange(int(starts[first]), int(starts[end])), said
 
 
-def _write(
-    writer: StoreWriter,
-    teacher: Teacher,
-    data: Data,
-    size: int,
-    wants: tuple[str, ...],
-    device: torch.device,
-    callbacks: Sequence[Callback],
-) -> None:
+def _samples(
+    writer: StoreWriter, teacher: Teacher, data: Data, size: int, device: torch.device, wants: tuple[str, ...]
+) -> Iterator[Piece]:
+    """One row for each sample. Rows that are stored already are computed again and left out by the writer."""
+    total = writer.total
+    for start in range(writer.next_index // size * size, total, size):
+        index = torch.arange(min(start, total - size), min(start + size, total))
+        yield index, flat(teacher(data.train.batch(index).to(device)), wants)
+
+
+def _write(writer: StoreWriter, pieces: Iterator[Piece], callbacks: Sequence[Callback]) -> None:
     import time
 
     total, began, first = writer.total, time.perf_counter(), writer.next_index
     for callback in callbacks:
         callback.start("cache", first, total)
-    start = first // size * size
-    while writer.next_index < total:
-        index = torch.arange(min(start, total - size), min(start + size, total))
-        # rows that are stored already are computed again and left out by the writer
-        said: Any = teacher(data.train.batch(index).to(device))
-        writer.write(index, flat(said, wants))
-        start += size
+    for index, said in pieces:
+        writer.write(index, said)
         done = writer.next_index
         record = {"phase": "cache", "step": done, "terms": {}, "rate": (done - first) / max(time.perf_counter() - began, 1e-9)}
         for callback in callbacks:

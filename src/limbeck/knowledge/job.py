@@ -22,7 +22,7 @@ from limbeck.knowledge import models
 from limbeck.knowledge.methods.alone import Alone
 from limbeck.knowledge.program import KnowledgeProgram, check_family, steps_of
 from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
-from limbeck.knowledge.text_report import text_outcome
+from limbeck.knowledge.text_report import TextStudent, text_outcome
 from limbeck.knowledge.tokens import in_own_tokens
 from limbeck.outcome import Outcome
 from limbeck.signals.store import model_fingerprint
@@ -262,7 +262,8 @@ def _measure(
     if data.images and len(data.test) <= 100_000:
         inputs = data.test.batch(torch.arange(len(data.test))).inputs.cpu()
     flat = labels if labels.ndim == 1 else torch.full((len(labels),), UNLABELLED)
-    return Outcome({"student": student}, summary, logits, flat, inputs, data.classes)
+    kept = student if data.text is None else TextStudent(student, data.text.tokenizer)
+    return Outcome({"student": kept}, summary, logits, flat, inputs, data.classes)
 
 
 def _attacked(

@@ -42,6 +42,11 @@ class TextStudent(Artifact):
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
         self.network, self.tokenizer = network, tokenizer
 
+    @property
+    def held(self) -> nn.Module:
+        """The network."""
+        return self.network
+
     def save(self, folder: str | Path, card: str = "", extra: dict[str, Any] | None = None) -> None:
         """Write the network as `limbeck.zoo.save_model` does, and the tokenizer beside it."""
         from limbeck.zoo import save_model

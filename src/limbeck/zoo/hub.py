@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from limbeck.errors import UserError, nearest
+from limbeck.errors import UserError
+from limbeck.zoo.language import open_config, quiet
 
 
 def _class_of(config: Any) -> Any:
@@ -38,23 +38,7 @@ def build_hub(name: str, classes: int | None = None, config_only: bool = False, 
         UserError: transformers is missing, the folder is none of its models, weights are pickled or damaged, the number of
             classes differs, or an override that the configuration does not have.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("transformers is not installed", "`pip install 'limbeck[hf]'`") from None
-    local = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) and not local.is_dir():
-        raise UserError(f"no folder at {local}", "check the path after hf:")
-    place = str(local) if local.is_dir() else name
-    try:
-        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name} is not a transformers model that can be opened: {str(error).splitlines()[0]}", "check it") from None
-    for key, value in overrides.items():
-        if not hasattr(config, key):
-            offer = " or ".join(map(repr, nearest(key, config.to_dict())))
-            raise UserError(f"{name}: the configuration has no entry {key!r}", f"did you mean {offer}?")
-        setattr(config, key, value)
+    place, config = open_config(name, overrides)
     kind = _class_of(config)
     own = config.num_labels
     if classes is not None and own != classes:
@@ -64,7 +48,10 @@ def build_hub(name: str, classes: int | None = None, config_only: bool = False, 
     if config_only:
         return kind(config)
     try:
-        return kind.from_pretrained(place, config=config, use_safetensors=True, ignore_mismatched_sizes=new_head, trust_remote_code=False)
+        with quiet():
+            return kind.from_pretrained(
+                place, config=config, use_safetensors=True, ignore_mismatched_sizes=new_head, trust_remote_code=False
+            )
     except Exception as error:
         hint = "weights are read from safetensors only; config_only: true starts from random ones"
         raise UserError(f"the weights of {name} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}", hint) from None

@@ -229,16 +229,7 @@ def open_language(name: str, tokens: Tokens, config_only: bool = False, new_head
         UserError: no such folder, not for this kind of task, weights that are pickled, damaged or missing, a vocabulary that is narrower
             than the tokenizer, or a context that is shorter than the texts.
     """
-    transformers = library()
-    local = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) and not local.is_dir():
-        raise UserError(f"no folder at {local}", "check the path after hf:")
-    place = str(local) if local.is_dir() else name
-    try:
-        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name} is not a transformers model that can be opened: {str(error).splitlines()[0]}", "check it") from None
-    _override(config, overrides, name)
+    place, config = open_config(name, overrides)
     check_fits(config, tokens, name)
     auto = _auto(tokens.kind)
     if type(config) not in auto._model_mapping:
@@ -270,12 +261,26 @@ def open_language(name: str, tokens: Tokens, config_only: bool = False, new_head
     return model
 
 
-def _override(config: Any, overrides: Mapping[str, Any], name: str) -> None:
+def open_config(name: str, overrides: Mapping[str, Any]) -> tuple[str, Any]:
+    """The place and the configuration of a transformers model, some entries changed; no code of a folder is run.
+
+    Raises:
+        UserError: no such folder, no configuration of that library, or an entry that it does not have.
+    """
+    local = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not local.is_dir():
+        raise UserError(f"no folder at {local}", "check the path after hf:")
+    place = str(local) if local.is_dir() else name
+    try:
+        config = library().AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name} is not a transformers model that can be opened: {str(error).splitlines()[0]}", "check it") from None
     for key, value in overrides.items():
         if not hasattr(config, key):
             offer = " or ".join(map(repr, nearest(key, config.to_dict())))
             raise UserError(f"{name}: the configuration has no entry {key!r}", f"did you mean {offer}?")
         setattr(config, key, value)
+    return place, config
 
 
 def check_fits(config: Any, tokens: Tokens, name: str) -> None:
