@@ -79,14 +79,14 @@ def program(method: Any, student: nn.Module, teacher: Any, data: Any, task: Any,
 
 def write_store(folder: Path, teacher: Any, data: Any, task: Any, form: str, k: int | None) -> Any:
     """Store a teacher as `limbeck cache` does, and open it."""
-    from limbeck.knowledge.caching import _write_tokens
+    from limbeck.knowledge.caching import _tokens, _write
     from limbeck.knowledge.teachers import StoredLanguageTeacher, scored_counts
     from limbeck.signals.store import Store, StoreWriter
 
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), scored_counts(data.train, task).cumsum(0)])
     marks = {"teacher_fingerprint": "t", "data_fingerprint": "d", "samples": int(starts[-1])}
     writer = StoreWriter(folder, **marks, signals={"logits": (task.text.vocabulary,)}, form=form, k=k)  # type: ignore[arg-type]
-    _write_tokens(writer, teacher, data, 4, ("law",), torch.device("cpu"), (), starts, k)
+    _write(writer, _tokens(writer, teacher, data, 4, torch.device("cpu"), starts, k), ())
     return StoredLanguageTeacher(Store(folder, teacher_fingerprint="t", data_fingerprint="d"), data.train, task)
 
 
