@@ -89,6 +89,7 @@ def _check(alpha: float, gamma: int) -> None:
 
 
 def check_gamma(gamma: int) -> None:
+    """Refuse a block of no drafted token."""
     if not isinstance(gamma, int) or gamma < 1:
         raise UserError(f"gamma = {gamma} drafted tokens a block", "draft 1 or more; 3 to 7 is usual")
 

@@ -50,6 +50,7 @@ def output_width(model: nn.Module) -> int | None:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether an encoder reads the prompt."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -126,6 +127,7 @@ class Cached:
 
 
 def no_cache(model: nn.Module) -> UserError:
+    """The error of a model without a key-value cache."""
     return UserError(
         f"{type(model).__name__} keeps no key-value cache: each token would read the whole text again",
         "decode with a model of transformers that takes `past_key_values` (Llama, GPT-2, Qwen, T5, ...)",

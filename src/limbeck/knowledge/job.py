@@ -46,16 +46,7 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
     """
     data = models.open_recipe_data(recipe.data, given.get("data"), recipe)
     task = models.task_of(recipe, data)
-    watched = recipe.evaluation
-    if (watched.patience or watched.every) and watched.on == "valid" and data.valid is None:
-        what = "patience" if watched.patience else "every"
-        raise UserError(f"evaluation.{what} needs a validation split, and there is none", "set data.valid, for example data.valid=0.1")
-    if recipe.precision == "fp16" and session.device.type == "cpu":
-        raise UserError("precision fp16 needs a GPU, and this run is on the processor", "set precision=bf16 or precision=no")
-    for stage in recipe.stages or [schema.Stage()]:  # before anything is trained
-        if not stage.data:
-            made = models.make_method(stage.method or recipe.method, given.get("method") if stage.method is None else None)
-            check_family(made, task)
+    _check(recipe, data, task, session, given)
     networks = models.teacher_networks(recipe, data, session, given)
     session.digest += data.fingerprint
     if cut := getattr(data.train, "cut", 0):
@@ -65,39 +56,7 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         session.digest += "".join(model_fingerprint(network) for network in networks.values())
     on_device = data.to(session.device)
     start = models.make_student(recipe, data, session, given)
-    stages = recipe.stages or [schema.Stage()]
-
-    student, total, program, method, method_before, phase = start, 0, None, None, None, "student"
-    on_stage: dict[str, Data] = {}
-    for number, stage in enumerate(stages, 1):
-        spec = stage.method or recipe.method
-        method = models.make_method(spec, given.get("method") if stage.method is None else None)
-        method = copy.deepcopy(method)
-        training = schema.Training.model_validate({**recipe.training.model_dump(), **stage.training})
-        source = stage.teacher or recipe.teacher
-        own = (
-            networks if stage.teacher is None else models.teacher_networks(recipe.model_copy(update={"teacher": source}), data, session, {})
-        )
-        phase = "student" if len(stages) == 1 else stage.name or f"stage-{number}"
-        seed_everything(recipe.seed, f"{phase} set-up")
-        network = copy.deepcopy(student)
-        own_data, steps = on_device if not stage.data else _stage_data(recipe, stage, data, session, on_stage), None
-        own_task = task if not stage.data else models.task_of(recipe, own_data)
-        if method.labelled_only and data.hidden_labels is not None:
-            # the budget is that of methods which see the unlabelled samples too
-            own_data, steps = own_data.only_labelled(), _steps(training, own_data, method)
-        method.task = own_task
-        teacher = models.make_teacher(source, method, _own_copies(source, method, own), network, own_data, session, own_task)
-        own_data = method.prepare(own_data, teacher, session, recipe.seed)
-        before = method_before if number > 1 and type(method_before) is type(method) else None
-        program = _program(method, network, teacher, own_data, own_task, training, recipe, session, steps)
-        if before is not None:
-            method.follow(before)
-        method_before = method
-        session.fit(program, phase, seed=recipe.seed)
-        total += program.total
-        student = program.finish()
-    assert program is not None and method is not None
+    student, program, total, phase = _distil(recipe, data, on_device, task, networks, start, session, given)
 
     found: dict[str, nn.Module | Teacher] = {}
     if networks and isinstance(program.teacher, EnsembleTeacher):
@@ -121,7 +80,67 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
     foreign = None
     if any(hasattr(network, "limbeck_text") for network in networks.values()):
         foreign = in_own_tokens(next(iter(recipe.teacher.models.values())), recipe, data, given.get("data"))[1]
-    return _measure(found, method, on_device, task, recipe, session, phase, foreign)
+    return _measure(found, program.method, on_device, task, recipe, session, phase, foreign)
+
+
+def _check(recipe: schema.Recipe, data: Data, task: Task, session: Session, given: Mapping[str, Any]) -> None:
+    """Refuse what cannot be, before anything is trained."""
+    watched = recipe.evaluation
+    if (watched.patience or watched.every) and watched.on == "valid" and data.valid is None:
+        what = "patience" if watched.patience else "every"
+        raise UserError(f"evaluation.{what} needs a validation split, and there is none", "set data.valid, for example data.valid=0.1")
+    if recipe.precision == "fp16" and session.device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU, and this run is on the processor", "set precision=bf16 or precision=no")
+    for stage in recipe.stages or [schema.Stage()]:  # before anything is trained
+        if not stage.data:
+            made = models.make_method(stage.method or recipe.method, given.get("method") if stage.method is None else None)
+            check_family(made, task)
+
+
+def _distil(
+    recipe: schema.Recipe,
+    data: Data,
+    on_device: Data,
+    task: Task,
+    networks: Mapping[str, nn.Module],
+    start: nn.Module,
+    session: Session,
+    given: Mapping[str, Any],
+) -> tuple[nn.Module, KnowledgeProgram, int, str]:
+    """Every stage in turn: the student that comes out, the last stage's program and name, and the steps of all."""
+    stages = recipe.stages or [schema.Stage()]
+
+    student, total, program, before, phase = start, 0, None, None, "student"
+    on_stage: dict[str, Data] = {}
+    for number, stage in enumerate(stages, 1):
+        spec = stage.method or recipe.method
+        method = models.make_method(spec, given.get("method") if stage.method is None else None)
+        method = copy.deepcopy(method)
+        training = schema.Training.model_validate({**recipe.training.model_dump(), **stage.training})
+        source = stage.teacher or recipe.teacher
+        own = (
+            networks if stage.teacher is None else models.teacher_networks(recipe.model_copy(update={"teacher": source}), data, session, {})
+        )
+        phase = "student" if len(stages) == 1 else stage.name or f"stage-{number}"
+        seed_everything(recipe.seed, f"{phase} set-up")
+        network = copy.deepcopy(student)
+        own_data, steps = on_device if not stage.data else _stage_data(recipe, stage, data, session, on_stage), None
+        own_task = task if not stage.data else models.task_of(recipe, own_data)
+        if method.labelled_only and data.hidden_labels is not None:
+            # the budget is that of methods which see the unlabelled samples too
+            own_data, steps = own_data.only_labelled(), _steps(training, own_data, method)
+        method.task = own_task
+        teacher = models.make_teacher(source, method, _own_copies(source, method, own), network, own_data, session, own_task)
+        own_data = method.prepare(own_data, teacher, session, recipe.seed)
+        program = _program(method, network, teacher, own_data, own_task, training, recipe, session, steps)
+        if before is not None and type(before) is type(method):
+            method.follow(before)
+        before = method
+        session.fit(program, phase, seed=recipe.seed)
+        total += program.total
+        student = program.finish()
+    assert program is not None
+    return student, program, total, phase
 
 
 def _stage_data(recipe: schema.Recipe, stage: schema.Stage, data: Data, session: Session, opened: dict[str, Data]) -> Data:

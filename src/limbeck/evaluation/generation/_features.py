@@ -27,12 +27,14 @@ def matrices(least: int, **sides: Tensor) -> dict[str, Tensor]:
 
 
 def check_enough(name: str, side: Tensor, least: int) -> None:
+    """Refuse fewer than `least` samples."""
     if len(side) < least:
         hint = "take more samples" + (", or a smaller k" if least > 2 else "")
         raise UserError(f"{len(side)} {name} samples where at least {least} are needed", hint)
 
 
 def check_k(k: int) -> None:
+    """Refuse a neighbour below the first."""
     if k < 1:
         raise UserError(f"neighbour k = {k}", "take k = 1 or more; 5 is usual")
 
@@ -49,4 +51,5 @@ def distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 
 
 def nearest(x: Tensor, among: Tensor) -> Tensor:
+    """`(len(x),)` distance of each sample to the nearest one of `among`."""
     return torch.cat([d.amin(1) for d in distances(x, among)])
