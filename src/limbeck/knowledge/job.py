@@ -254,7 +254,8 @@ def _measure(
         if recipe.evaluation.attack is not None and isinstance(model, nn.Module):
             metrics[role] |= _attacked(model, data, task, metrics[role], recipe, session)
         if role in ("teacher", "student"):
-            costs[role] = cost(network, tasks[role].cost_inputs(network, examples[role])).as_dict()
+            inputs = tasks[role].cost_inputs(network, examples[role])
+            costs[role] = cost(network, inputs).as_dict() | tasks[role].speed(network, inputs)
     student = found["student"]
     assert isinstance(student, nn.Module)
     metrics["student"] |= method.figures(student, method.for_measuring(data), task, session.device)

@@ -68,7 +68,8 @@ def table(summary: Mapping[str, Any], family: str) -> dict[str, Any]:
     head = ["model", *(title for _, title in columns)]
     if near:
         head.append("accepted")
-    head += ["parameters", "latency", "size"]
+    fast = any("texts_per_second" in cost for cost in costs.values())
+    head += ["parameters", "texts/s" if fast else "latency", "size"]
     rows = []
     for role, title in NAMES.items():
         if role not in metrics:
@@ -77,7 +78,8 @@ def table(summary: Mapping[str, Any], family: str) -> dict[str, Any]:
         cells = [_cell(name, metrics[role].get(name)) for name, _ in columns]
         if near:
             cells.append(percent(near.get(role, {}).get("acceptance")))
-        cells += [human(cost.get("params")), milliseconds(cost.get("latency_ms")), human(cost.get("bytes"), "B")]
+        speed = human(cost.get("texts_per_second")) if fast else milliseconds(cost.get("latency_ms"))
+        cells += [human(cost.get("params")), speed, human(cost.get("bytes"), "B")]
         rows.append({"key": role, "name": title, "cells": cells})
     return {"head": head, "rows": rows}
 
@@ -99,6 +101,8 @@ def headline(summary: Mapping[str, Any], task: Task) -> str:
     if "teacher" in metrics and "teacher" in costs:
         times = costs["teacher"]["params"] / max(costs["student"]["params"], 1)
         faster = costs["teacher"]["latency_ms"] / max(costs["student"]["latency_ms"], 1e-9)
+        if "texts_per_second" in costs["teacher"]:  # in batches
+            faster = costs["student"]["texts_per_second"] / costs["teacher"]["texts_per_second"]
         reached = f"reaches {metrics['teacher'][name]:.3f}"
         if "teacher" in summary.get("notes", {}):  # it reads other tokens, and figures a token do not compare
             per_byte = [metrics[role].get("bits_per_byte") for role in ("teacher", "student")]

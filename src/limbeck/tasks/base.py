@@ -117,6 +117,10 @@ class Task(ABC):
         """What a model is called with when its cost is measured."""
         return batch.inputs
 
+    def speed(self, model: nn.Module, inputs: Any) -> dict[str, float]:
+        """Further figures of a model's price, beside those of `limbeck.evaluation.cost`; none by default."""
+        return {}
+
     def compare(self, student: Any, teacher: Any, split: Split, batch: int, device: torch.device) -> dict[str, float]:
         """How near two models are on a split, beyond what `measure` tells; nothing by default."""
         return {}

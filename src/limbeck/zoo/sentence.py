@@ -16,6 +16,8 @@ from limbeck.zoo.language import Tokens, library, open_language
 
 POOLINGS = ("mean", "cls", "last")
 _MODES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
+_POOLED = ("BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel")
+"""Encoders that run without their pooling layer."""
 _HEAD, _NOTE = "projection.safetensors", "sentence.json"
 
 
@@ -73,6 +75,8 @@ class SentenceEncoder(nn.Module):
         super().__init__()
         if pooling not in POOLINGS:
             raise unknown("pooling", pooling, POOLINGS)
+        if type(encoder).__name__ in _POOLED:
+            encoder.pooler = None  # its own pooling layer, which no sentence embedding uses
         self.encoder, self.pooling, self.projection = encoder, pooling, projection
 
     @property
