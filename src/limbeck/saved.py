@@ -154,7 +154,6 @@ def measure(saved: Saved, source: str | None = None, changes: Sequence[str] = ()
     Raises:
         UserError: the data does not fit the student, or has no labels.
     """
-    from limbeck.evaluation.cost import cost
     from limbeck.models import task_of
 
     recipe, data = data_of(saved, source, changes)
@@ -171,7 +170,7 @@ def measure(saved: Saved, source: str | None = None, changes: Sequence[str] = ()
     return {
         "path": str(saved.folder),
         "metrics": metrics,
-        "cost": cost(saved.network, task.cost_inputs(saved.network, data.example(1).to(session.device))).as_dict(),
+        "cost": task.price(saved.network, data.example(1).to(session.device)),
         "data": data.describe(),
         "recorded": (summary.get("metrics") or {}).get("student"),
         "same_data": None if before is None else before == data.fingerprint,

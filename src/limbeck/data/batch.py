@@ -11,6 +11,9 @@ from torch import Tensor
 UNLABELLED = -1
 """The label of a sample whose label is hidden from the student."""
 
+IGNORE = -100
+"""The label of a token that is not scored, as in transformers."""
+
 
 def move(value: Any, device: torch.device | str) -> Any:
     """Move every tensor of a nested structure (tensor, mapping, tuple, list) to a device; other values stay."""

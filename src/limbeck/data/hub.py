@@ -196,6 +196,38 @@ def rows_source(parts: dict[str, Any], **args: Any) -> Source:
     return Source(train, test, valid, classes, images, table, note=note)
 
 
+def open_hub(path: str, config: str | None = None, streaming: bool = False) -> Any:
+    """What the datasets library opens: by hub id, or a folder that it wrote (`save_to_disk`) or can read.
+
+    Args:
+        path: id or folder.
+        config: which configuration of the data set.
+        streaming: read rows as they come instead of preparing the whole set first.
+
+    Raises:
+        UserError: `datasets` is not installed, or the data set cannot be opened.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("datasets is not installed", "`pip install 'limbeck[hf]'`") from None
+    folder = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) and not folder.exists():
+        raise UserError(f"no folder at {folder}", "check the path after hf:")
+    saved = any((folder / n).is_file() for n in ("dataset_dict.json", "state.json"))
+    try:
+        if not saved:
+            return datasets.load_dataset(str(folder) if folder.is_dir() else path, config, streaming=streaming)
+        loaded = datasets.load_from_disk(str(folder))
+        if not streaming:
+            return loaded
+        one = isinstance(loaded, datasets.Dataset)
+        return loaded.to_iterable_dataset() if one else {part: rows.to_iterable_dataset() for part, rows in loaded.items()}
+    except Exception as error:  # The library raises a dozen kinds, all about the id, the files or the network.
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be opened: {why}", "check the id or folder; hub ids need the network or a filled cache") from None
+
+
 def read_hub(
     path: str,
     label: str | None = None,
@@ -220,19 +252,7 @@ def read_hub(
     Raises:
         UserError: `datasets` is not installed, the data set cannot be opened, or columns are missing or unusable.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("datasets is not installed", "`pip install 'limbeck[hf]'`") from None
-    folder = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) and not folder.exists():
-        raise UserError(f"no folder at {folder}", "check the path after hf:")
-    saved = any((folder / n).is_file() for n in ("dataset_dict.json", "state.json"))
-    try:
-        loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder) if folder.is_dir() else path, config)
-    except Exception as error:  # The library raises a dozen kinds, all about the id, the files or the network.
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be opened: {why}", "check the id or folder; hub ids need the network or a filled cache") from None
+    loaded = open_hub(path, config)
     parts = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     args = {"label": label, "size": size, "channels": channels, "columns": columns, "tokenizer": tokenizer, "length": length}
     return rows_source(parts, **args)

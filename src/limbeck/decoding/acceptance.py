@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from limbeck.decoding.sampling import check_sampling
 from limbeck.errors import UserError
-
-_CHUNK = 2**22  # logits of one chunk of rows and one model: 16 MiB
-
-
-def _rows(law: Any, rows: slice) -> Tensor:
-    """Logits of some rows, of a tensor of them or of anything with `logits(rows)` (limbeck.losses.vocabulary.Law)."""
-    return law[rows] if isinstance(law, Tensor) else law.logits(rows)
+from limbeck.losses.vocabulary import Law, agreement, overlap
 
 
-def _width(law: Any) -> int:
-    return law.shape[-1] if isinstance(law, Tensor) else law.width
+def _law(given: Tensor | Law) -> Law:
+    """Logits `(N, V)` as a law; a law as it is."""
+    return Law(dense=given) if isinstance(given, Tensor) else given
 
 
 def common_width(target: int, draft: int, vocabulary: int | None) -> int:
@@ -43,7 +37,9 @@ def common_width(target: int, draft: int, vocabulary: int | None) -> int:
     return vocabulary
 
 
-def acceptance(target: Any, draft: Any, *, temperature: float = 1.0, vocabulary: int | None = None) -> Tensor:
+def acceptance(
+    target: Tensor | Law, draft: Tensor | Law, *, temperature: float = 1.0, vocabulary: int | None = None, chunk: int | None = None
+) -> Tensor:
     """Chance that a token drawn from the draft is accepted: sum_v min(p(v), q(v)) = 1 - total variation.
 
     Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192), theorem 3.5; DistillSpec
@@ -54,6 +50,7 @@ def acceptance(target: Any, draft: Any, *, temperature: float = 1.0, vocabulary:
         target, draft: logits `(N, V)` of p and q, or Laws of N places. Built and summed some rows at a time.
         temperature: divides both logits; 0 gives greedy agreement (1 where both have the same likeliest token).
         vocabulary: number of real tokens when the output matrices are padded.
+        chunk: places at a time; `limbeck.losses.vocabulary.chunk_rows` unless given.
 
     Returns:
         `(N,)` float32 in [0, 1].
@@ -64,20 +61,14 @@ def acceptance(target: Any, draft: Any, *, temperature: float = 1.0, vocabulary:
     check_sampling(temperature)
     if len(target) != len(draft):
         raise UserError(f"{len(target)} places of the target, {len(draft)} of the draft", "read the same texts with both")
-    width = common_width(_width(target), _width(draft), vocabulary)
-    step = max(1, _CHUNK // width)
-    parts = []
-    for start in range(0, len(target), step):
-        rows = slice(start, start + step)
-        p, q = _rows(target, rows)[..., :width].float(), _rows(draft, rows)[..., :width].float()
-        if temperature == 0:
-            parts.append((p.argmax(-1) == q.argmax(-1)).float())
-        else:
-            parts.append(torch.minimum((p / temperature).softmax(-1), (q / temperature).softmax(-1)).sum(-1).clamp(max=1.0))
-    return torch.cat(parts) if parts else torch.zeros(0)
+    p, q = _law(target), _law(draft)
+    width = common_width(p.width, q.width, vocabulary)
+    p, q = replace(p, vocabulary=width), replace(q, vocabulary=width)
+    found = agreement(p, q, chunk=chunk) if temperature == 0 else overlap(p, q, temperature=temperature, chunk=chunk)
+    return found.float().clamp(max=1.0)
 
 
-def greedy_agreement(target: Any, draft: Any, *, vocabulary: int | None = None) -> Tensor:
+def greedy_agreement(target: Tensor | Law, draft: Tensor | Law, *, vocabulary: int | None = None) -> Tensor:
     """`(N,)`: 1 where target and draft have the same likeliest token, else 0. Arguments as in `acceptance`."""
     return acceptance(target, draft, temperature=0.0, vocabulary=vocabulary)
 

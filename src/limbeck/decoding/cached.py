@@ -11,20 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
+from limbeck.signals import modes
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """The models in evaluation mode and without gradients; afterwards every module has the mode back that it had itself."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with modes.evaluating(*models), torch.no_grad():
+        yield
 
 
 def forward_arguments(model: nn.Module) -> set[str]:

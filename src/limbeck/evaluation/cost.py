@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limbeck.signals.modes import evaluating
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -100,17 +102,13 @@ def _measuring(model: nn.Module) -> Iterator[None]:
 
     Parameters do not ask for gradients meanwhile: torch's FLOP counter stumbles over an output that is a view of one that does.
     """
-    modes = [(module, module.training) for module in model.modules()]
     asking = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     for parameter in asking:
         parameter.requires_grad_(False)
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter in asking:
             parameter.requires_grad_(True)
 

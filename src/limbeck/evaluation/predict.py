@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from limbeck.data.batch import Batch
 from limbeck.data.batches import Batches
 from limbeck.data.split import Split
 from limbeck.signals import Reader, Signals
+from limbeck.signals.modes import evaluating
 
 
 @torch.no_grad()
@@ -29,24 +29,12 @@ def predict(
     Returns:
         `(N, C)` float32 logits, and the labels as the batches carried them (None when there are none).
     """
-    network = isinstance(model, nn.Module)
-    read = Reader(model, ("logits",)) if network else model
+    read = Reader(model, ("logits",)) if isinstance(model, nn.Module) else model
     logits, labels = [], []
-    with evaluating(model) if network else nullcontext():
+    with evaluating(model):
         for part in Batches(split, batch, shuffle=False).epoch(0):
             part = part.to(device)
             logits.append(read(part).logits.float().cpu())
             if part.labels is not None:
                 labels.append(part.labels.cpu())
     return torch.cat(logits), torch.cat(labels) if labels else None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the model's own mode afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.data.batch import Batch
+from limbeck.data.batch import IGNORE, Batch
 from limbeck.data.text import Text
 from limbeck.data.text.encode import first_token
 from limbeck.data.text.pairs import pad_rows
 from limbeck.errors import UserError
-from limbeck.signals.language import IGNORE
 
 KEPT = 200_000
 """Samples of which the other tokenization is remembered at most."""

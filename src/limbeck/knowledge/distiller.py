@@ -19,6 +19,7 @@ from limbeck.engine.clock import Clock
 from limbeck.engine.schedule import make_optimizer
 from limbeck.errors import UserError
 from limbeck.method import Method
+from limbeck.signals.modes import evaluating
 from limbeck.signals.signals import Signals
 
 if TYPE_CHECKING:
@@ -77,13 +78,8 @@ class Pair:
 
 
 def _dry(model: nn.Module, read: Callable[[], Signals]) -> Signals:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return read()
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        return read()
 
 
 @dataclass

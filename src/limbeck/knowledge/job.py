@@ -17,7 +17,6 @@ from limbeck.data.batch import UNLABELLED
 from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError
 from limbeck.evaluation.agreement import agreement
-from limbeck.evaluation.cost import cost
 from limbeck.knowledge import models
 from limbeck.knowledge.methods.alone import Alone
 from limbeck.knowledge.program import KnowledgeProgram, check_family, steps_of
@@ -254,11 +253,10 @@ def _measure(
         if recipe.evaluation.attack is not None and isinstance(model, nn.Module):
             metrics[role] |= _attacked(model, data, task, metrics[role], recipe, session)
         if role in ("teacher", "student"):
-            inputs = tasks[role].cost_inputs(network, examples[role])
-            costs[role] = cost(network, inputs).as_dict() | tasks[role].speed(network, inputs)
+            costs[role] = tasks[role].price(network, examples[role])
     student = found["student"]
     assert isinstance(student, nn.Module)
-    metrics["student"] |= method.figures(student, method.for_measuring(data), task, session.device)
+    metrics["student"] |= method.figures(student, views["student"], task, session.device)
     summary: dict[str, Any] = {"method": method.card.id, "wing": "knowledge", "metrics": metrics, "primary": task.primary, "cost": costs}
     summary["data"] = data.describe()
     if foreign is not None:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.data.batch import Batch
+from limbeck.data.batch import IGNORE, Batch
 from limbeck.errors import UserError
-from limbeck.signals.language import IGNORE
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,18 @@ def written_batch(prompts: Tensor, mask: Tensor, ids: Tensor, kept: Tensor, batc
     return Batch(inputs, torch.where(scored, tokens, torch.full_like(tokens, IGNORE)), batch.index, dict(batch.extra))
 
 
+def room_to_write(tokens: int, prompts: Tensor, length: int) -> int:
+    """How many tokens fit behind prompts `(B, P)` into samples of `length`, at most `tokens`.
+
+    Raises:
+        UserError: no room to write.
+    """
+    room = min(tokens, length - prompts.shape[1])
+    if room < 1:
+        raise UserError(f"prompts of {prompts.shape[1]} tokens leave no room to write in samples of {length}", "raise text.length")
+    return room
+
+
 def own_text(model: nn.Module, split: Any, batch: Batch, writer: Writer, text: Any, kind: str) -> Batch:
     """The batch's prompts with what the model writes after them (no gradient goes through the writing).
 
@@ -86,9 +97,7 @@ def own_text(model: nn.Module, split: Any, batch: Batch, writer: Writer, text: A
     if text.pad is None:
         raise UserError("the tokenizer has no padding token, and written texts differ in length", "set text.pad=eos")
     prompts, mask = prompts_of(split, batch, writer.prompt)
-    room = writer.tokens if kind == "seq2seq" else min(writer.tokens, text.length - prompts.shape[1])
-    if room < 1:
-        raise UserError(f"prompts of {prompts.shape[1]} tokens leave no room to write in samples of {text.length}", "raise text.length")
+    room = writer.tokens if kind == "seq2seq" else room_to_write(writer.tokens, prompts, text.length)
     made = generate(
         model,
         prompts,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from limbeck.data.batch import Batch
 from limbeck.errors import UserError
+from limbeck.signals.modes import evaluating
 from limbeck.zoo.rotated_decoder import RotatedDecoder
 from limbeck.zoo.rotation import Moments
 
@@ -26,20 +27,18 @@ def collect(model: RotatedDecoder, batches: Sequence[Batch]) -> list[Moments]:
     """Moments of keys (behind the rotary embedding) and values of every layer over the tokens of some batches; padding is not counted."""
     rotations = model.rotations()
     found = [Moments(r.heads, r.width, r.free.device) for r in rotations]
-    was_training = model.training
-    model.eval()
     try:
         for rotation, moments in zip(rotations, found):
             rotation.moments = moments
-        for batch in batches:
-            mask = batch.inputs.get("attention_mask")
-            for moments in found:
-                moments.keep = None if mask is None else mask.bool()
-            model(**batch.inputs, use_cache=False)
+        with evaluating(model):
+            for batch in batches:
+                mask = batch.inputs.get("attention_mask")
+                for moments in found:
+                    moments.keep = None if mask is None else mask.bool()
+                model(**batch.inputs, use_cache=False)
     finally:
         for rotation in rotations:
             rotation.moments = None
-        model.train(was_training)
     return found
 
 

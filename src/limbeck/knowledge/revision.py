@@ -12,7 +12,7 @@ from limbeck.data.batch import Batch
 from limbeck.decoding import generate, sample
 from limbeck.decoding.cached import Cached, evaluating
 from limbeck.errors import UserError
-from limbeck.knowledge.on_policy import Writer, prompts_of, written_batch
+from limbeck.knowledge.on_policy import Writer, prompts_of, room_to_write, written_batch
 from limbeck.losses import vocabulary
 from limbeck.losses.vocabulary import Law
 
@@ -120,10 +120,7 @@ class Reviser:
             UserError: prompts that leave no room in `text.length`.
         """
         prompts, mask = prompts_of(split, batch, self.writer.prompt)
-        room = min(self.writer.tokens, self.text.length - prompts.shape[1])
-        if room < 1:
-            said = f"prompts of {prompts.shape[1]} tokens leave no room to write in samples of {self.text.length}"
-            raise UserError(said, "raise text.length")
+        room = room_to_write(self.writer.tokens, prompts, self.text.length)
         options = {"temperature": self.writer.temperature, "top_p": self.writer.top_p, "eos": self.text.eos, "pad": self.text.pad}
         options["vocabulary"] = self.text.vocabulary
         made = generate(models.module, prompts, mask, new_tokens=room, **options)

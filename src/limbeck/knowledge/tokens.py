@@ -28,7 +28,9 @@ def in_own_tokens(spec: schema.Model, recipe: schema.Recipe, data: Data, given: 
         if spec.text:
             raise UserError(f"a model's text block is for language models, and {data.name} is a {data.kind} task", "leave `text` out")
         return recipe, data
-    changes = spec.text or _folder_tokenizer(spec, data)
+    changes: dict[str, Any] = dict(spec.text)
+    if not changes and (foreign := _foreign(spec, data)) is not None:
+        changes = {"tokenizer": foreign[0]}
     if not changes:
         return recipe, data
     if isinstance(given, Data):
@@ -41,19 +43,18 @@ def in_own_tokens(spec: schema.Model, recipe: schema.Recipe, data: Data, given: 
     return own, open_recipe_data(recipe.data, given, own)
 
 
-def _folder_tokenizer(spec: schema.Model, data: Data) -> dict[str, Any]:
-    """The tokenizer in a model's folder as keys of a `text` block; empty where there is none or where it is the data's."""
+def _foreign(spec: schema.Model, data: Data) -> tuple[str, UserError] | None:
+    """The reference of the tokenizer in a model's folder and how it differs from the data's; None where none is there or they agree."""
     from limbeck.data.text.tokens import load_tokenizer
 
-    name = spec.model.removeprefix("hf:").removeprefix("folder:")
-    folder = Path(name).expanduser()
+    folder = Path(spec.model.removeprefix("hf:").removeprefix("folder:")).expanduser()
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
-        return {}
+        return None
     try:
         check_tokenizers(load_tokenizer(f"hf:{folder}", None, "eos"), data.text)  # type: ignore[arg-type]
-    except UserError:
-        return {"tokenizer": f"hf:{folder}"}
-    return {}
+    except UserError as error:
+        return f"hf:{folder}", error
+    return None
 
 
 def check_tokens(networks: Mapping[str, nn.Module], data: Data) -> None:
@@ -73,14 +74,10 @@ def check_student_tokens(spec: schema.Model, data: Data) -> None:
     Raises:
         UserError: its folder has a tokenizer that differs from the data's; tells how to bridge it.
     """
-    if data.text is None or spec.args.get("config_only") or not (own := _folder_tokenizer(spec, data)):
+    if data.text is None or spec.args.get("config_only") or (foreign := _foreign(spec, data)) is None:
         return
-    try:
-        from limbeck.data.text.tokens import load_tokenizer
-
-        check_tokenizers(load_tokenizer(own["tokenizer"], None, "eos"), data.text)  # type: ignore[arg-type]
-    except UserError as error:
-        raise UserError(
-            f"the student reads other tokens than the data are made of: {error.message}",
-            f"set text.tokenizer={own['tokenizer']} and method=universal-logit, or start from random weights (args.config_only)",
-        ) from None
+    own, error = foreign
+    raise UserError(
+        f"the student reads other tokens than the data are made of: {error.message}",
+        f"set text.tokenizer={own} and method=universal-logit, or start from random weights (args.config_only)",
+    )

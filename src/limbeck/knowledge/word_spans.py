@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.signals.language import IGNORE
+from limbeck.data.batch import IGNORE
 
 PREPOSITIONS = "about|after|as|at|before|between|by|for|from|in|into|of|on|over|per|to|under|until|with|without"
 SPAN = re.compile(rf"\b(?:{PREPOSITIONS})\s+(?:(?:a|an|the|this|each|its)\s+)?\w+|[^\W\d]\w*(?:\.\w+)*(?:\(\))?", re.IGNORECASE)

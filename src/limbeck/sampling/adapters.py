@@ -10,14 +10,7 @@ from typing import Any
 from torch import nn
 
 from limbeck.errors import UserError
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise UserError("peft is not installed", "`pip install 'limbeck[diffusers]'`") from None
-    return peft
+from limbeck.zoo.lora import library
 
 
 def _layers(network: nn.Module) -> list[tuple[str, Any]]:
@@ -48,7 +41,7 @@ def add_lora(network: nn.Module, rank: int, alpha: float | None = None, targets:
     Raises:
         UserError: peft is missing, rank below 1, adapters are there already, or no layer matches.
     """
-    peft = _peft()
+    peft = library("diffusers")
     if rank < 1:
         raise UserError(f"adapters of rank {rank}", "give at least 1")
     if has_lora(network):

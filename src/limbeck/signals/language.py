@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.data.batch import Batch
+from limbeck.data.batch import IGNORE, Batch
 from limbeck.errors import UserError
 from limbeck.losses.vocabulary import Law
 from limbeck.signals.anatomy import hidden_states
+from limbeck.signals.modes import evaluating
 from limbeck.signals.outputs import call, logits_of
 from limbeck.signals.signals import Signals
-
-IGNORE = -100
-"""The label of a token that is not scored, as in transformers."""
 
 WANTS = ("law", "logits", "hidden", "output", "stages", "attention")
 _AGREE = 1e-3
@@ -192,31 +190,26 @@ def settle(model: nn.Module, batch: Batch, kind: str, vocabulary: int, role: str
     Raises:
         UserError: the model cannot read the batch; its logits are no `(B, L, V)`.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            reader = LanguageReader(model, ("law",), kind=kind, vocabulary=vocabulary, grad=False)
-            if kind == "causal-lm":
-                batch = batch.replace(labels=None)  # every position is compared, also where none of these texts is scored
-            read = reader(batch).law
-            law, called = read.logits(), read.dense is None or reader.head is None
-            own = logits_of(call(model, reader.inputs(batch)))
-            if own.ndim != 3 or own.shape[-1] < vocabulary:
-                raise UserError(
-                    f"{role}: the model gives outputs of shape {tuple(own.shape)}, the task needs (batch, length, {vocabulary} or more)",
-                    "give a language model with the vocabulary of the tokenizer (text.tokenizer)",
-                )
-            if kind == "causal-lm":
-                _check_causal(model, batch, own, vocabulary, role)
-            expected = reader.rows(own, batch)[:, :vocabulary].float()
-            most = max(1.0, float(expected.abs().amax())) if expected.numel() else 1.0
-            if called and torch.allclose(law, expected, atol=_AGREE * most, rtol=0):
-                return None
-            model.limbeck_dense = True  # type: ignore[assignment]
-            return f"{role}: {type(model).__name__} does more behind its output matrix than is known here, so whole logits are kept"
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        reader = LanguageReader(model, ("law",), kind=kind, vocabulary=vocabulary, grad=False)
+        if kind == "causal-lm":
+            batch = batch.replace(labels=None)  # every position is compared, also where none of these texts is scored
+        read = reader(batch).law
+        law, called = read.logits(), read.dense is None or reader.head is None
+        own = logits_of(call(model, reader.inputs(batch)))
+        if own.ndim != 3 or own.shape[-1] < vocabulary:
+            raise UserError(
+                f"{role}: the model gives outputs of shape {tuple(own.shape)}, the task needs (batch, length, {vocabulary} or more)",
+                "give a language model with the vocabulary of the tokenizer (text.tokenizer)",
+            )
+        if kind == "causal-lm":
+            _check_causal(model, batch, own, vocabulary, role)
+        expected = reader.rows(own, batch)[:, :vocabulary].float()
+        most = max(1.0, float(expected.abs().amax())) if expected.numel() else 1.0
+        if called and torch.allclose(law, expected, atol=_AGREE * most, rtol=0):
+            return None
+        model.limbeck_dense = True  # type: ignore[assignment]
+        return f"{role}: {type(model).__name__} does more behind its output matrix than is known here, so whole logits are kept"
 
 
 def _check_causal(model: nn.Module, batch: Batch, own: Tensor, vocabulary: int, role: str) -> None:

@@ -117,6 +117,17 @@ class Task(ABC):
         """What a model is called with when its cost is measured."""
         return batch.inputs
 
+    def reading(self, model: nn.Module | Callable[[Batch], Signals], wants: Sequence[str]) -> Callable[[Batch], Signals]:
+        """How a network is read without gradient; what is no network (a teacher) is called as it is."""
+        return self.reader(model, wants, grad=False) if isinstance(model, nn.Module) else model
+
+    def price(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """What a model costs, measured on a batch: `limbeck.evaluation.cost` and the task's own `speed`."""
+        from limbeck.evaluation.cost import cost
+
+        inputs = self.cost_inputs(model, batch)
+        return cost(model, inputs).as_dict() | self.speed(model, inputs)
+
     def speed(self, model: nn.Module, inputs: Any) -> dict[str, float]:
         """Further figures of a model's price, beside those of `limbeck.evaluation.cost`; none by default."""
         return {}

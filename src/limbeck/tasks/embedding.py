@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from limbeck.data.batch import Batch
 from limbeck.errors import UserError
 from limbeck.losses import info_nce
+from limbeck.signals.modes import evaluating
 from limbeck.signals.outputs import call
 from limbeck.signals.signals import Signals
 from limbeck.tasks.base import Measured, Task
@@ -107,15 +108,11 @@ class Embedding(Task):
     @torch.no_grad()
     def embed(self, model: Any, split: Split, batch: int, device: torch.device) -> dict[str, list[Tensor]]:
         """Embeddings of a whole split on the CPU: for each side a list with one `(N, D)` for each exit."""
-        from contextlib import nullcontext
-
         from limbeck.data.batches import Batches
-        from limbeck.evaluation.predict import evaluating
 
-        network = isinstance(model, nn.Module)
-        read = self.reader(model, (), grad=False) if network else model
+        read = self.reading(model, ())
         found: dict[str, list[list[Tensor]]] = {side: [] for side in SIDES}
-        with evaluating(model) if network else nullcontext():
+        with evaluating(model):
             for part in Batches(split, batch, shuffle=False).epoch(0):
                 said = read(part.to(device))
                 for side in SIDES:

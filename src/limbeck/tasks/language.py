@@ -14,6 +14,7 @@ from limbeck.data.batch import Batch
 from limbeck.errors import UserError, unknown
 from limbeck.losses import vocabulary as losses
 from limbeck.signals.language import LanguageReader, scored, targets
+from limbeck.signals.modes import evaluating
 from limbeck.tasks.base import Measured, Task
 
 if TYPE_CHECKING:
@@ -138,27 +139,24 @@ class Language(Task):
         self, model: nn.Module | Callable[[Batch], Signals], split: Split, batch: int, device: torch.device, full: bool = False
     ) -> Measured:
         """nll, perplexity, bits_per_byte (where the split knows its bytes); to the full also rouge_l and exact_match of written texts."""
-        from contextlib import nullcontext
+        from limbeck.evaluation.text import bits_per_byte, perplexity
 
-        from limbeck.evaluation.predict import evaluating
-
-        network = isinstance(model, nn.Module)
-        read = self.reader(model, ("law",), grad=False) if network else model
+        read = self.reading(model, ("law",))
         total, count = torch.zeros((), dtype=torch.float64), 0
-        with evaluating(model) if network else nullcontext():
+        with evaluating(model):
             for part in self._batches(split, batch, device):
                 law = read(part).law
                 total += losses.cross_entropy(law, self.targets(part.labels), reduction="sum").double().cpu()
                 count += len(law)
         if not count:
             raise UserError("the split has no scored token, so nothing can be measured", "give texts of more than one token")
-        nll = float(total) / count
-        metrics = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+        nll = float(total)
+        metrics = {"nll": nll / count, "perplexity": perplexity(min(nll, 700.0 * count), count)}  # JSON knows no infinity
         size = getattr(split, "bytes", None)
         if size is not None and int(size.sum()):
-            metrics["bits_per_byte"] = float(total) / math.log(2) / int(size.sum())
+            metrics["bits_per_byte"] = bits_per_byte(nll, int(size.sum()))
         texts: list[dict[str, str]] = []
-        if full and network and self.writing.prompts and hasattr(split, "prompts"):
+        if full and isinstance(model, nn.Module) and self.writing.prompts and hasattr(split, "prompts"):
             figures, texts = self._written(model, split, device)
             metrics |= figures
         return Measured(metrics, texts=texts)
@@ -211,19 +209,9 @@ class Language(Task):
 
         Means over the scored tokens; see `limbeck.losses.vocabulary.overlap`.
         """
-        from contextlib import ExitStack
-
-        from limbeck.evaluation.predict import evaluating
-
         totals, count = torch.zeros(3, dtype=torch.float64), 0
-        readers = []
-        with ExitStack() as stack:
-            for model in (student, teacher):
-                if isinstance(model, nn.Module):
-                    stack.enter_context(evaluating(model))
-                    readers.append(self.reader(model, ("law",), grad=False))
-                else:
-                    readers.append(model)
+        readers = [self.reading(model, ("law",)) for model in (student, teacher)]
+        with evaluating(student, teacher):
             for part in self._batches(split, batch, device):
                 own, other = (read(part).law for read in readers)
                 if own.width != other.width or len(own) != len(other):

@@ -7,13 +7,12 @@ from typing import Any
 from torch import nn
 
 from limbeck.errors import UserError
-from limbeck.zoo.language import open_config, quiet
+from limbeck.zoo.language import library, open_config, quiet
 
 
 def _class_of(config: Any) -> Any:
     """The transformers class that a configuration names, or the classifier registered for its model type."""
-    import transformers
-
+    transformers = library()
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,18 +196,17 @@ def from_config(config: Any, kind: str, what: str) -> nn.Module:
     auto = _auto(kind)
     if type(config) not in auto._model_mapping:
         raise UserError(f"{what} ({config.model_type}) is not for a {kind} task", _offer(kind))
-    if kind == "embedding" and "add_pooling_layer" not in vars(config):
-        return _without_pooler(auto, config)
+    if kind == "embedding":
+        return without_pooler(auto._model_mapping[type(config)], config)
     return auto.from_config(config)
 
 
-def _without_pooler(auto: Any, config: Any) -> nn.Module:
-    """BERT-like encoders carry a pooling layer that sentence embeddings never use."""
-    cls = auto._model_mapping[type(config)]
+def without_pooler(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What `make` makes, without the pooling layer that BERT-like encoders carry and sentence embeddings never use."""
     try:
-        return cls(config, add_pooling_layer=False)
-    except TypeError:
-        return cls(config)
+        return make(*args, add_pooling_layer=False, **options)
+    except TypeError:  # it has none
+        return make(*args, **options)
 
 
 def _offer(kind: str) -> str:

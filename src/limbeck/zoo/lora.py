@@ -15,11 +15,19 @@ from limbeck.storage import load_tensors
 _KINDS = {"causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "multiclass": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}
 
 
-def _peft() -> Any:
+def library(extra: str = "lora") -> Any:
+    """The peft package.
+
+    Args:
+        extra: of this package, that a user is told to install.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import peft
     except ImportError:
-        raise UserError("peft is not installed", "`pip install 'limbeck[lora]'`") from None
+        raise UserError("peft is not installed", f"`pip install 'limbeck[{extra}]'`") from None
     return peft
 
 
@@ -52,7 +60,7 @@ def adapt(
     Raises:
         UserError: peft is missing, the model is not of transformers, or no layer has such a name.
     """
-    peft = _peft()
+    peft = library()
     if not hasattr(model, "config"):
         raise UserError(f"an adapter for {type(model).__name__}", "adapters go into models of transformers: hf:, llama, gpt2, t5, bert")
     task = _KINDS.get(kind)
@@ -107,7 +115,7 @@ def load_adapter(folder: Path, base: nn.Module) -> nn.Module:
     Raises:
         UserError: the adapter is missing or does not fit the network.
     """
-    peft = _peft()
+    peft = library()
     if not (folder / ADAPTER).is_file():  # peft would take a pickle, or look for one on the hub
         raise UserError(f"no file at {folder / ADAPTER}", "adapters are read from safetensors only: restore or remake the folder")
     try:

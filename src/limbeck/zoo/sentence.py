@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from limbeck.errors import UserError, unknown
 from limbeck.storage import load_tensors, save_tensors, sha256, write_json
-from limbeck.zoo.language import Tokens, library, open_language
+from limbeck.zoo.language import Tokens, library, open_language, without_pooler
 
 POOLINGS = ("mean", "cls", "last")
 _MODES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 _POOLED = ("BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel")
-"""Encoders that run without their pooling layer."""
+"""Encoders whose own pooling layer is dropped: their saved weights have one, and transformers reports it when it is left out in loading."""
 _HEAD, _NOTE = "projection.safetensors", "sentence.json"
 
 
@@ -154,10 +154,7 @@ def load_sentence(folder: Path, checksums: dict[str, str]) -> SentenceEncoder:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / _NOTE} is torn or was altered ({type(error).__name__})", "restore or remake the folder") from None
     options = {"use_safetensors": True, "trust_remote_code": False}
-    try:  # BERT-like encoders carry a pooling layer that sentence embeddings never use
-        encoder = library().AutoModel.from_pretrained(str(folder), add_pooling_layer=False, **options)
-    except TypeError:
-        encoder = library().AutoModel.from_pretrained(str(folder), **options)
+    encoder = without_pooler(library().AutoModel.from_pretrained, str(folder), **options)
     projection = None
     if sizes is not None:
         projection = head(*sizes) if note.get("norm", True) else nn.Linear(*sizes)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from limbeck.data.hub import open_hub
 from limbeck.data.text.foreign import Records, file_identity, records_corpus
 from limbeck.data.text.rows import Corpus
 from limbeck.errors import UserError
@@ -27,25 +28,7 @@ def read_hub(
     Raises:
         UserError: `datasets` is not installed, or the data set cannot be opened.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("datasets is not installed", "`pip install 'limbeck[hf]'`") from None
-    folder = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) and not folder.exists():
-        raise UserError(f"no folder at {folder}", "check the path after hf:")
-    saved = any((folder / n).is_file() for n in ("dataset_dict.json", "state.json"))
-    try:
-        if saved:
-            loaded = datasets.load_from_disk(str(folder))
-            if streaming:
-                one = isinstance(loaded, datasets.Dataset)
-                loaded = loaded.to_iterable_dataset() if one else {part: rows.to_iterable_dataset() for part, rows in loaded.items()}
-        else:
-            loaded = datasets.load_dataset(str(folder) if folder.is_dir() else path, config, streaming=streaming)
-    except Exception as error:  # the library raises a dozen kinds, all about the id, the files or the network
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be opened: {why}", "check the id or folder; hub ids need the network or a filled cache") from None
+    loaded = open_hub(path, config, streaming)
     parts = dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
     identity, reads = _hub_identity(path, config, parts), _hub_reads(path, parts)
     return records_corpus(f"hf:{path}", identity, reads, shares, seed, columns, chat, label, kind)

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.data.batch import Batch
+from limbeck.data.batch import IGNORE, Batch
 from limbeck.data.split import Split
 from limbeck.data.text.notion import Text
 from limbeck.data.text.ragged import Ragged
-from limbeck.data.text.windows import IGNORE
 from limbeck.errors import UserError
 
 

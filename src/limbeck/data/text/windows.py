@@ -9,13 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.data.batch import Batch
+from limbeck.data.batch import IGNORE, Batch
 from limbeck.data.split import Split
 from limbeck.data.text.notion import Text
 from limbeck.data.text.ragged import Ragged
-
-IGNORE = -100
-"""The label of a token that is not scored, as in transformers."""
 
 
 class WindowSplit(Split):

@@ -13,8 +13,8 @@ from limbeck.losses.vocabulary.dense import dot, logs
 from limbeck.losses.vocabulary.law import Law
 
 
-def _each(read: Callable[..., None], laws: tuple[Law, ...], chunk: int | None) -> None:
-    """Call `read(rows, *logits)` on every block; the laws have equal rows and vocabularies."""
+def _each(read: Callable[..., None], laws: tuple[Law, ...], chunk: int | None, temperature: float = 1.0) -> None:
+    """Call `read(rows, *logits)` on every block, logits over the temperature; the laws have equal rows and vocabularies."""
     first = laws[0]
     for other in laws[1:]:
         if (len(other), other.width) != (len(first), first.width):
@@ -23,7 +23,7 @@ def _each(read: Callable[..., None], laws: tuple[Law, ...], chunk: int | None) -
                 "take the same positions of both, and cut both to one `vocabulary`",
             )
     size = chosen(chunk, first)
-    readers = [Reader(law, size) for law in laws]
+    readers = [Reader(law, size, temperature) for law in laws]
     for rows in spans(len(first), size):
         logits = [reader(rows) for reader in readers]
         for part in spans(len(logits[0]), block_rows(first.width, first.device)):
@@ -66,7 +66,7 @@ def facts(law: Law, targets: Tensor | None = None, *, chunk: int | None = None) 
 
 
 @torch.no_grad()
-def overlap(p: Law, q: Law, *, chunk: int | None = None) -> Tensor:
+def overlap(p: Law, q: Law, *, temperature: float = 1.0, chunk: int | None = None) -> Tensor:
     """`(N,)` sum_v min(p_v, q_v) = 1 - total variation: how often a draft from one is accepted by the other in speculative sampling.
 
     Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192), Theorem 3.5.
@@ -76,7 +76,7 @@ def overlap(p: Law, q: Law, *, chunk: int | None = None) -> Tensor:
     def read(rows: slice, a: Tensor, b: Tensor) -> None:
         found[rows] = torch.minimum(logs(a)[0], logs(b)[0].to(a.dtype)).sum(1)
 
-    _each(read, (p, q), chunk)
+    _each(read, (p, q), chunk, temperature)
     return found
 
 
