@@ -59,6 +59,22 @@ TINY_PAIRS = {
 """The same of a sentence encoder."""
 
 
+TINY_DENOISING = {
+    "name": "tiny-denoising",
+    "method": {"id": "alone"},
+    "task": "denoising",
+    "teacher": {"model": "dit", "args": {"dim": 16, "depth": 4, "heads": 2}, "train": {"steps": 20, "batch": 16, "lr": 0.01}},
+    "student": {"model": "dit", "args": {"dim": 16, "depth": 2, "heads": 2}},
+    "data": {"source": "digits", "train": 200, "test": 64},
+    "training": {"steps": 20, "batch": 16, "lr": 0.01},
+    "generate": {"teacher_steps": [2]},
+    "threads": 1,
+    "device": "cpu",
+    "trackers": [],
+}
+"""The same of a diffusion transformer."""
+
+
 @pytest.fixture
 def tiny():
     """A fresh copy of the tiny recipe."""

@@ -14,7 +14,7 @@ from limbeck.knowledge import models
 from limbeck.knowledge.program import KnowledgeProgram
 from limbeck.method import find, make, registered
 from limbeck.storage import tensors_fingerprint
-from tests.conftest import TINY_PAIRS, TINY_TEXT
+from tests.conftest import TINY_DENOISING, TINY_PAIRS, TINY_TEXT
 
 KNOWLEDGE = [id for id, target in registered().items() if target.startswith("limbeck.knowledge.")]
 CASES = [f"{id}/{family}" for id in KNOWLEDGE for family in find(id).tasks]
@@ -48,7 +48,7 @@ def job(case, tiny, **changes):
     """Data, networks and a function that builds a fresh program; every call gives equal bits."""
     id, _, family = case.partition("/")
     cls = find(id)
-    tiny = {"classification": tiny, "language": TINY_TEXT, "embedding": TINY_PAIRS}[family or "classification"]
+    tiny = {"classification": tiny, "language": TINY_TEXT, "embedding": TINY_PAIRS, "denoising": TINY_DENOISING}[family or "classification"]
     raw = copy.deepcopy({**tiny, "method": id, **changes, **OWN.get(case, {})})
     raw["data"] = {"valid": 60 if tiny["data"]["source"] == "digits" else 8, **raw["data"]}
     network = raw["teacher"]

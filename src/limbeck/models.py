@@ -107,6 +107,11 @@ def task_of(recipe: schema.Recipe, data: Data) -> Task:
     Raises:
         UserError: the data has no labels and so no classes; or a task that the data are not for.
     """
+    if recipe.task == "denoising":
+        from limbeck.tasks.denoising import Denoising, noising_of
+
+        generate = recipe.generate or schema.Generate()
+        return Denoising(tuple(data.classes), noising_of(generate, data), generate.teacher_steps[-1])
     if data.text is not None and data.kind in ("causal-lm", "seq2seq"):
         spec = recipe.text or schema.Text()
         if spec.write and not hasattr(data.test, "prompts"):
@@ -170,7 +175,7 @@ def check_input(network: nn.Module, data: Data, session: Session, role: str) -> 
         if texts:
             note = settle(network, example, data.kind, data.text.vocabulary, role)
             session.notes += [note] if note and note not in session.notes else []
-        elif data.kind != "embedding":
+        elif data.kind != "embedding" and not getattr(network, "denoises", False):
             anatomy(network, example.inputs)
     except UserError:
         raise

@@ -45,6 +45,7 @@ class Outcome:
         labels, inputs: of the test split; `inputs` is None when they are no pictures.
         classes: names of the classes.
         sections: makes the wing's own parts of the report from the summary and the log; None for the parts of a classifier.
+        more: makes parts that come before those, likewise.
         card: makes the README of the artifacts from the summary; None for a model card.
     """
 
@@ -55,4 +56,5 @@ class Outcome:
     inputs: Tensor | None = None
     classes: tuple[str, ...] = ()
     sections: Callable[[Mapping[str, Any], list[dict[str, Any]]], list[Section]] | None = None
+    more: Callable[[Mapping[str, Any], list[dict[str, Any]]], list[Section]] | None = None
     card: Callable[[Mapping[str, Any]], str] | None = None

@@ -153,6 +153,11 @@ class Denoiser:
         ratio = self.own.sigma(own) / self.own.alpha(own).clamp_min(1e-4)
         return x * expand(1 / (self.own.alpha(own).clamp_min(1e-4) * (ratio**2 + self.sigma_data**2).sqrt()), x)
 
+    def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is called with for a state `x` `(B, ...)` of `process` at time `t` `(B,)`: its input and its level."""
+        x, own = self.own_state(x, t)
+        return self._input(x, own), self.level(own)
+
     def raw(self, x: Tensor, t: Tensor, label: Tensor | None = None, level_time: Tensor | None = None) -> Tensor:
         """The network's own output, guided if guidance is set.
 

@@ -12,14 +12,19 @@ from limbeck.diffusion.process import Process, expand
 
 
 class Mixture:
-    """p(x0) = sum_k w_k N(mean_k, std_k^2 I); component k may stand for class k.
+    """p(x0) = sum_k w_k N(mean_k, std_k^2 I); component k stands for class k, or for the class that `classes` says.
 
     Args:
         means: `(K, ...)`. stds: `(K,)`, 0 for a point. weights: `(K,)`, equal if left out.
+        classes: `(K,)` int64 class of each component (the samples of a labelled data set as points); left out: each its own.
     """
 
-    def __init__(self, means: Tensor, stds: Tensor | Sequence[float] | float, weights: Tensor | None = None) -> None:
+    def __init__(
+        self, means: Tensor, stds: Tensor | Sequence[float] | float, weights: Tensor | None = None, classes: Tensor | None = None
+    ) -> None:
         self.means = torch.as_tensor(means)
+        self.classes = torch.arange(len(self.means), device=self.means.device) if classes is None else classes
+        self.free = int(self.classes.max()) + 1
         self.stds = torch.as_tensor(stds, dtype=self.means.dtype).expand(len(self.means))
         self.weights = torch.full((len(self.means),), 1 / len(self.means), dtype=self.means.dtype) if weights is None else weights
 
@@ -37,21 +42,25 @@ class Mixture:
         a, s = alpha[:, None], sigma[:, None]
         variance = (a * self.stds[None]) ** 2 + s**2
         flat, means = x.flatten(1), self.means.flatten(1)
-        distance = ((flat[:, None] - a[..., None] * means[None]) ** 2).sum(-1)
+        # |x - a m|^2 without a (B, K, D) tensor; in float64, because at low noise it is a small difference of large numbers
+        wide, points, scale = flat.double(), means.double(), a.double()
+        squared = wide.square().sum(1, keepdim=True) - 2 * scale * (wide @ points.T) + scale**2 * points.square().sum(1)
+        distance = squared.clamp_min(0).to(x.dtype)
         energy = self.weights.log()[None] - 0.5 * distance / variance - 0.5 * flat.shape[1] * variance.log()
         if label is not None:
-            own = torch.nn.functional.one_hot(label.clamp(max=len(means) - 1), len(means)).bool() | (label == len(means))[:, None]
+            own = (label[:, None] == self.classes) | (label >= self.free)[:, None]
             energy = energy.masked_fill(~own, -torch.inf)
         return energy, variance
 
     def x0(self, x: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
-        """`(B, ...)` E[x0 | x_t = x]; the label K means no condition."""
+        """`(B, ...)` E[x0 | x_t = x]; the label K (the number of classes) means no condition."""
         energy, variance = self._components(x, alpha, sigma, label)
         share = energy.softmax(1)
         flat, means = x.flatten(1), self.means.flatten(1)
-        gain = alpha[:, None] * self.stds[None] ** 2 / variance
-        each = means[None] + gain[..., None] * (flat[:, None] - alpha[:, None, None] * means[None])
-        return (share[..., None] * each).sum(1).reshape(x.shape)
+        # sum_k share_k (mean_k + gain_k (x - alpha mean_k)), without a (B, K, D) tensor
+        gain = share * alpha[:, None] * self.stds[None] ** 2 / variance
+        mean = (share - alpha[:, None] * gain) @ means + gain.sum(1, keepdim=True) * flat
+        return mean.reshape(x.shape)
 
 
 class ExactNetwork(nn.Module):

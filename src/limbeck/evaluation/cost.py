@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ class Cost:
     """The price of one model.
 
     Attributes:
-        params: number of parameters (a tensor that is shared counts once).
+        params: number of weights (`limbeck.zoo.parameters`: a tensor that is shared counts once, weights held as codes count).
         flops: floating-point operations of the forward pass of one sample; a multiply-add counts 2. Only the operations
             that `torch.utils.flop_counter` knows (matrix products, convolutions, attention) are counted.
         latency_ms: median wall time of one forward pass of a batch of `batch` samples, in milliseconds.
@@ -91,9 +93,15 @@ def count_flops(model: nn.Module, inputs: Any) -> int:
     """Floating-point operations of the forward pass of one sample; a multiply-add counts 2."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with _measuring(model), FlopCounterMode(display=False) as counter:
+    grouped = getattr(torch.ops.aten, "_grouped_mm", None)  # the stacked experts of transformers, which torch does not count
+    with _measuring(model), FlopCounterMode(display=False, custom_mapping={grouped: _grouped_flops} if grouped else {}) as counter:
         _call(model, _resize(inputs, 1))
     return int(counter.get_total_flops())
+
+
+def _grouped_flops(rows: Any, matrices: Any, *args: Any, out_shape: Any = None, **options: Any) -> int:
+    """Of rows `(T, K)`, each times one of the matrices `(E, K, N)`."""
+    return 2 * math.prod(rows) * matrices[-1]
 
 
 @contextmanager
@@ -147,7 +155,9 @@ def cost(model: nn.Module, inputs: Any, *, repeats: int = 30, warmup: int = 5, b
         warmup: forward passes before them.
         batch: samples in one timed pass.
     """
-    first = next(iter(model.parameters()), None)
+    from limbeck.zoo import parameters
+
+    first = next(chain(model.parameters(), model.buffers()), None)
     device = first.device if first is not None else next(_tensors(inputs)).device
     samples = _resize(inputs, batch)
     flops = count_flops(model, inputs)
@@ -166,7 +176,7 @@ def cost(model: nn.Module, inputs: Any, *, repeats: int = 30, warmup: int = 5, b
         peak, kind = _peak_memory(model, samples, device)
     low, middle, high = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
     return Cost(
-        params=sum(p.numel() for p in model.parameters()),
+        params=parameters(model),
         flops=flops,
         latency_ms=middle,
         latency_iqr_ms=high - low,

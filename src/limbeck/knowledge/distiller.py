@@ -2,7 +2,7 @@
 
 Most methods write `loss` and nothing else. The other methods of `Distiller` each have a default and may be overridden:
 
-    wrap -> setup -> (turns -> losses -> step -> loss) for each batch -> after_step -> finish
+    reshape -> wrap -> setup -> (turns -> losses -> step -> loss) for each batch -> after_step -> finish
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from limbeck.signals.signals import Signals
 if TYPE_CHECKING:
     from limbeck.data.data import Data
     from limbeck.engine.session import Session
+    from limbeck.knowledge.making import Making
     from limbeck.knowledge.teachers import Teacher
     from limbeck.tasks import Task
 
@@ -139,6 +140,19 @@ class Distiller(Method):
         self.task = task
 
     # ---- what a method may override ----
+
+    def reshape(self, student: nn.Module, making: Making) -> nn.Module:
+        """The network that is trained from here on, made from the one that came into this stage; by default that itself.
+
+        For methods of the structure wing, which prune, quantise, search or convert. `student` is an own copy and may be changed in place.
+        Called once at the start of a stage; training inside it goes through `making.fit`, so that an interrupted run finds it again.
+        """
+        return student
+
+    @classmethod
+    def reshapes(cls) -> bool:
+        """Whether the method makes another network of the student."""
+        return cls.reshape is not Distiller.reshape
 
     def prepare(self, data: Data, teacher: Teacher, session: Session, seed: int) -> Data:
         """The data that the student learns from; by default what the recipe names. Black-box methods ask the teacher for texts here.

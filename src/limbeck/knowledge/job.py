@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,18 +10,19 @@ import torch
 from torch import nn
 
 from limbeck import recipe as schema
-from limbeck.data import Batches, Data
+from limbeck.data import Data
 from limbeck.data.batch import UNLABELLED
-from limbeck.engine.session import Session, seed_everything
+from limbeck.engine.session import Session
 from limbeck.errors import UserError
 from limbeck.evaluation.agreement import agreement
 from limbeck.knowledge import models
-from limbeck.knowledge.methods.alone import Alone
-from limbeck.knowledge.program import KnowledgeProgram, check_family, steps_of
+from limbeck.knowledge.program import check_family
+from limbeck.knowledge.stages import Job, alone, beside, distil
 from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher
 from limbeck.knowledge.text_report import TextStudent, text_outcome
 from limbeck.knowledge.tokens import in_own_tokens
 from limbeck.outcome import Outcome
+from limbeck.report.tables import NAMES
 from limbeck.signals.store import model_fingerprint
 from limbeck.tasks import Task
 
@@ -55,7 +54,8 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         session.digest += "".join(model_fingerprint(network) for network in networks.values())
     on_device = data.to(session.device)
     start = models.make_student(recipe, data, session, given)
-    student, program, total, phase = _distil(recipe, data, on_device, task, networks, start, session, given)
+    done = distil(Job(recipe, data, on_device, task, networks, session, given), start)
+    program = done.program
 
     found: dict[str, nn.Module | Teacher] = {}
     if networks and isinstance(program.teacher, EnsembleTeacher):
@@ -68,18 +68,20 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
             if len(networks) == 1
             else EnsembleTeacher({name: FrozenTeacher(network, read=task.reader) for name, network in networks.items()})
         )
-    if recipe.baseline:
-        found["baseline"] = _alone("baseline", start, on_device.only_labelled(), task, recipe, session, total)
-    found["student"] = student
+    if recipe.baseline and done.reshaped:
+        found |= beside(done)  # the same structure after every stage, with labels alone
+    elif recipe.baseline:
+        found["baseline"] = alone("baseline", start, on_device.only_labelled(), task, recipe, session, done.total)
+    found["student"] = done.student
     if recipe.ceiling:
         if data.hidden_labels is None:
             session.notes.append("ceiling: no label is hidden, so the student alone is its own ceiling")
         else:
-            found["ceiling"] = _alone("ceiling", start, on_device.with_all_labels(), task, recipe, session, total)
+            found["ceiling"] = alone("ceiling", start, on_device.with_all_labels(), task, recipe, session, done.total)
     foreign = None
     if any(hasattr(network, "limbeck_text") for network in networks.values()):
         foreign = in_own_tokens(next(iter(recipe.teacher.models.values())), recipe, data, given.get("data"))[1]
-    return _measure(found, program.method, on_device, task, recipe, session, phase, foreign)
+    return _measure(found, program.method, on_device, task, recipe, session, done.phase, foreign)
 
 
 def _check(recipe: schema.Recipe, data: Data, task: Task, session: Session, given: Mapping[str, Any]) -> None:
@@ -94,116 +96,6 @@ def _check(recipe: schema.Recipe, data: Data, task: Task, session: Session, give
         if not stage.data:
             made = models.make_method(stage.method or recipe.method, given.get("method") if stage.method is None else None)
             check_family(made, task)
-
-
-def _distil(
-    recipe: schema.Recipe,
-    data: Data,
-    on_device: Data,
-    task: Task,
-    networks: Mapping[str, nn.Module],
-    start: nn.Module,
-    session: Session,
-    given: Mapping[str, Any],
-) -> tuple[nn.Module, KnowledgeProgram, int, str]:
-    """Every stage in turn: the student that comes out, the last stage's program and name, and the steps of all."""
-    stages = recipe.stages or [schema.Stage()]
-
-    student, total, program, before, phase = start, 0, None, None, "student"
-    on_stage: dict[str, Data] = {}
-    for number, stage in enumerate(stages, 1):
-        spec = stage.method or recipe.method
-        method = models.make_method(spec, given.get("method") if stage.method is None else None)
-        method = copy.deepcopy(method)
-        training = schema.Training.model_validate({**recipe.training.model_dump(), **stage.training})
-        source = stage.teacher or recipe.teacher
-        own = (
-            networks if stage.teacher is None else models.teacher_networks(recipe.model_copy(update={"teacher": source}), data, session, {})
-        )
-        phase = "student" if len(stages) == 1 else stage.name or f"stage-{number}"
-        seed_everything(recipe.seed, f"{phase} set-up")
-        network = copy.deepcopy(student)
-        own_data, steps = on_device if not stage.data else _stage_data(recipe, stage, data, session, on_stage), None
-        own_task = task if not stage.data else models.task_of(recipe, own_data)
-        if method.labelled_only and data.hidden_labels is not None:
-            # the budget is that of methods which see the unlabelled samples too
-            own_data, steps = own_data.only_labelled(), _steps(training, own_data, method)
-        method.task = own_task
-        teacher = models.make_teacher(source, method, _own_copies(source, method, own), network, own_data, session, own_task)
-        own_data = method.prepare(own_data, teacher, session, recipe.seed)
-        program = _program(method, network, teacher, own_data, own_task, training, recipe, session, steps)
-        if before is not None and type(before) is type(method):
-            method.follow(before)
-        before = method
-        session.fit(program, phase, seed=recipe.seed)
-        total += program.total
-        student = program.finish()
-    assert program is not None
-    return student, program, total, phase
-
-
-def _stage_data(recipe: schema.Recipe, stage: schema.Stage, data: Data, session: Session, opened: dict[str, Data]) -> Data:
-    """The data of a stage that changes some keys of the recipe's; opened once however many stages use it."""
-    key = json.dumps(stage.data, sort_keys=True)
-    if key not in opened:
-        spec = schema.Data.model_validate({**recipe.data.model_dump(), **stage.data})
-        own = models.open_recipe_data(spec, None, recipe, data)
-        if own.classes and data.classes and own.classes != data.classes:
-            raise UserError(
-                f"stage data {spec.source} has {len(own.classes)} classes that are not those of {data.name}",
-                "a stage may see other samples, not other classes",
-            )
-        session.digest += own.fingerprint
-        opened[key] = own.to(session.device)
-    return opened[key]
-
-
-def _steps(training: Any, data: Data, method: Any) -> int:
-    """The optimiser steps that a `training` block gives a method on the whole training split."""
-    return steps_of(training, Batches(data.train, min(training.batch, len(data.train))).steps_per_epoch)
-
-
-def _own_copies(spec: schema.Teacher, method: Any, networks: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
-    """A teacher that learns must not change the object that the user gave."""
-    kind = method.teacher_kind if spec.kind == "auto" else spec.kind
-    if kind != "online":
-        return networks
-    return {name: copy.deepcopy(network).requires_grad_(True) for name, network in networks.items()}
-
-
-def _program(
-    method: Any,
-    network: nn.Module,
-    teacher: Teacher,
-    data: Data,
-    task: Task,
-    training: Any,
-    recipe: Any,
-    session: Session,
-    total: int | None = None,
-) -> KnowledgeProgram:
-    return KnowledgeProgram(
-        method,
-        network,
-        teacher,
-        data,
-        task,
-        training,
-        seed=recipe.seed,
-        augment=recipe.data.augment,
-        total=total,
-        evaluate_on=recipe.evaluation.on,
-        evaluate_batch=recipe.evaluation.batch,
-        device=session.device,
-    )
-
-
-def _alone(phase: str, start: nn.Module, data: Data, task: Task, recipe: Any, session: Session, total: int) -> nn.Module:
-    """The same first weights, steps and optimiser settings, on labels alone."""
-    training = recipe.training.model_copy(update={"labelled_share": None})
-    program = _program(Alone(), copy.deepcopy(start), Teacher(), data, task, training, recipe, session, total)
-    session.fit(program, phase, seed=recipe.seed)
-    return program.finish()
 
 
 class _Whole(nn.Module):
@@ -252,7 +144,7 @@ def _measure(
         network = model if isinstance(model, nn.Module) else _Whole(model.networks())
         if recipe.evaluation.attack is not None and isinstance(model, nn.Module):
             metrics[role] |= _attacked(model, data, task, metrics[role], recipe, session)
-        if role in ("teacher", "student"):
+        if role in ("teacher", "student") or method.reshapes():
             costs[role] = tasks[role].price(network, examples[role])
     student = found["student"]
     assert isinstance(student, nn.Module)
@@ -263,7 +155,7 @@ def _measure(
         summary["notes"] = {"teacher": FOREIGN_NOTE}
     if "ceiling" in metrics:
         summary.setdefault("notes", {})["ceiling"] = CEILING_NOTE
-    if task.family != "classification":
+    if task.family in ("language", "embedding"):
         if "teacher" in found and foreign is None:
             near = {
                 role: task.compare(found[role], found["teacher"], data.test, recipe.evaluation.batch, session.device)
@@ -273,7 +165,13 @@ def _measure(
             if any(near.values()):
                 summary["to_teacher"] = near
         return text_outcome(student, summary, measured, task, data, phase)
-    logits = {role: said.logits for role, said in measured.items()}
+    if task.family == "denoising":
+        if "teacher" in found:
+            for role, model in found.items():
+                if role != "teacher":
+                    metrics[role] |= task.compare(model, found["teacher"], data.test, recipe.evaluation.batch, session.device)
+        return Outcome({"student": student}, summary, classes=data.classes)
+    logits = {role: said.logits for role, said in measured.items() if role in NAMES}
     if "teacher" in logits:
         summary["agreement"] = agreement(logits["student"], logits["teacher"])
     inputs, labels = None, measured["student"].labels

@@ -20,6 +20,7 @@ from limbeck.knowledge import models
 from limbeck.models import tokens_of
 from limbeck.signals import Anatomy, Pair, anatomy
 from limbeck.signals.inspection import pairs
+from limbeck.zoo.cut import made_from
 from limbeck.zoo.language import LANGUAGE, Tokens
 from limbeck.zoo.sentence import SentenceEncoder
 
@@ -127,7 +128,7 @@ def _build(reference: str, data: Data | None, shape: tuple[int, ...] | None, arg
 
 def _guess(name: str, network: nn.Module) -> Any:
     """Inputs for a network that tells its own shape: by limbeck's note, or by its transformers configuration."""
-    made = (getattr(network, "limbeck_config", None) or {}).get("args", {})
+    made = made_from(network)
     if "input_shape" in made:
         return torch.zeros(2, *made["input_shape"])
     config = getattr(network, "config", None)

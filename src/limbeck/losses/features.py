@@ -80,6 +80,20 @@ def normalized_mse(
     return reduce_rows((unit_s - unit_t).square().sum(-1), mask, weight, reduction)
 
 
+def normalized_l1(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None, reduction: Reduction = "mean"
+) -> Tensor:
+    """|s / |s| - t / |t||_1 (summed over D), the distance of directions to the first power (PPCL, 2025). Arguments as in `mse`.
+
+    >>> normalized_l1(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
+    tensor(2.)
+    """
+    check_same(student, teacher, "features")
+    unit_s = F.normalize(blank(wide(student), mask), dim=-1, eps=_TINY)
+    unit_t = F.normalize(blank(wide(teacher), mask), dim=-1, eps=_TINY)
+    return reduce_rows((unit_s - unit_t).abs().sum(-1), mask, weight, reduction)
+
+
 def attention_map(features: Tensor, power: float = 2.0) -> Tensor:
     """`(B, positions)` mean over channels of |F|^power, scaled to length 1: where a network looks.
 

@@ -74,6 +74,30 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(F.normalize(s @ s.mT, dim=1, eps=_TINY), F.normalize(t @ t.mT, dim=1, eps=_TINY))
 
 
+def channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
+    """sum |N_s - N_t|^2 / (B C), N = rows of f f^T scaled to length 1, f `(C, positions)` of each sample: which channels fire together.
+
+    Liu et al., "Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation" (arXiv 2202.03680), with rows scaled
+    as in DisWOT (arXiv 2303.15678). Both sides have C channels; positions may differ.
+
+    Args:
+        student: `(B, C, ...)`.
+        teacher: `(B, C, ...)`.
+
+    >>> channel_correlation(torch.eye(2)[None], torch.ones(1, 2, 7))  # rows (1, 0) against (0.7, 0.7)
+    tensor(0.5858)
+    """
+    _check_batch(student, teacher)
+    if student.ndim < 3 or teacher.ndim < 3 or student.shape[1] != teacher.shape[1]:
+        raise UserError(
+            f"channel correlations of features {tuple(student.shape)} and {tuple(teacher.shape)}",
+            "both need (B, C, positions ...) with one number of channels; bring them there by a bridge",
+        )
+    s, t = wide(student).flatten(2), wide(teacher).flatten(2)
+    gap = F.normalize(s @ s.mT, dim=-1, eps=_TINY) - F.normalize(t @ t.mT, dim=-1, eps=_TINY)
+    return gap.square().sum() / (len(s) * s.shape[1])
+
+
 def pearson(x: Tensor, y: Tensor, dim: int = -1) -> Tensor:
     """Pearson's correlation along `dim`; 0 where a side is constant.
 
@@ -124,3 +148,54 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
     else:
         cross, own_x, own_y = (y.mT @ x).square().sum(), (x.mT @ x).norm(), (y.mT @ y).norm()
     return cross / (own_x * own_y).clamp(min=_TINY)
+
+
+def self_relation(
+    student: Tensor, teacher: Tensor, *, heads: int, mask: Tensor | None = None, kind: str = "mse", reduction: str = "mean"
+) -> Tensor:
+    """How tokens relate to each other, student against teacher; widths may differ: R = X X^T / sqrt(a), X `(B, heads, L, a)`.
+
+    mse: mean over all entries of (R_s - R_t)^2. kl: KL(softmax(R_t) || softmax(R_s)) over keys, a mean over heads and tokens.
+    The D channels are split again into `heads` heads of a = floor(D / heads), and what is left over is dropped. Of queries, keys or values
+    of one layer: Wang et al., MiniLMv2 (arXiv 2012.15828); AutoDistil (arXiv 2201.12507), whose code has mse.
+
+    Args:
+        student: `(B, L, D_s)`.
+        teacher: `(B, L, D_t)`.
+        heads: relation heads; at most D of each side.
+        mask: `(B, L)` true on tokens. kl hides padded keys and leaves out padded tokens; in mse, as in AutoDistil's code, the same number
+            would be added on both sides, so it changes nothing.
+        kind: "mse" or "kl".
+        reduction: "mean", or "none" for one value a sample `(B,)`.
+
+    >>> self_relation(torch.eye(2)[None], 2 * torch.eye(2)[None], heads=1)  # diagonals 1 and 4, over sqrt 2
+    tensor(2.2500)
+    """
+    if student.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
+        raise UserError(
+            f"relations of tokens of shape {tuple(student.shape)} and {tuple(teacher.shape)}", "give both (B, L, D) of the same texts"
+        )
+    if not 1 <= heads <= min(student.shape[-1], teacher.shape[-1]):
+        raise UserError(
+            f"{heads} relation heads of widths {student.shape[-1]} and {teacher.shape[-1]}", "use 1 to the smaller of the two widths"
+        )
+    if kind not in ("mse", "kl"):
+        raise UserError(f"unknown kind of relation {kind!r}", "use 'mse' or 'kl'")
+    s, t = _relations(student, heads), _relations(teacher, heads)
+    if kind == "mse":
+        rows = (s - t).square().flatten(1).mean(1)
+        return rows if reduction == "none" else rows.mean()
+    if mask is not None:
+        hidden = ~mask.bool()[:, None, None, :]
+        s, t = s.masked_fill(hidden, -1e4), t.masked_fill(hidden, -1e4)
+    each = F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean(1)
+    seen = torch.ones_like(each) if mask is None else mask.to(each)
+    rows = (each * seen).sum(1)
+    return rows / seen.sum(1).clamp_min(1) if reduction == "none" else rows.sum() / seen.sum().clamp_min(1)
+
+
+def _relations(x: Tensor, heads: int) -> Tensor:
+    """`(B, L, D)` to `(B, heads, L, L)`."""
+    width = x.shape[-1] // heads
+    split = wide(x)[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
+    return split @ split.mT / width**0.5

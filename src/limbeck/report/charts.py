@@ -90,3 +90,34 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: Sequence[Seque
                 axes.text(j, i, f"{100 * value:.{digits}f}", ha="center", va="center", fontsize=8, color="white" if dark else "#333")
 
     return _draw(paint, 2.6 + 1.3 * len(columns), 1.2 + 0.42 * len(rows))
+
+
+def front(names: Sequence[str], points: Sequence[tuple[float, float]], best: Sequence[int], x_title: str, y_title: str) -> str:
+    """One mark for each model over a logarithmic cost; a line joins those that no other beats.
+
+    Args:
+        names: of the models.
+        points: `(cost, quality)` of each.
+        best: positions of the models on the front.
+        x_title, y_title: of the axes.
+    """
+    if not points:
+        return ""
+
+    def paint(figure: Figure) -> None:
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+
+        axes = figure.subplots()
+        line = sorted(points[number] for number in best)
+        axes.plot(*zip(*line), color="#9aa0a6", linewidth=1.2, linestyle="--", zorder=1)
+        for number, (name, (x, y)) in enumerate(zip(names, points)):
+            colour = _CYCLE[number % len(_CYCLE)]
+            axes.scatter(x, y, s=70 if number in best else 40, color=colour, label=_plain(name, 40), zorder=3)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: human(x)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel=_plain(x_title, 60), ylabel=_plain(y_title, 60))
+        axes.margins(x=0.15, y=0.15)
+        axes.legend(fontsize=8)
+
+    return _draw(paint, 5.6, 3.4)

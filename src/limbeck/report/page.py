@@ -36,6 +36,7 @@ class Report:
         classes: names of the classes.
         recipe_yaml: the resolved recipe.
         own: parts of a wing of its own, shown after the table in place of those of a classifier; None for these.
+        more: parts of a wing that come before those.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Report:
     classes: tuple[str, ...] = ()
     recipe_yaml: str = ""
     own: list[Section] | None = None
+    more: list[Section] = field(default_factory=list)
 
 
 @dataclass
@@ -224,7 +226,7 @@ def render_report(report: Report) -> str:
     usual = (_ceiling, _curves, _disagreement, _reliability, _cost)
     own = [part(clean) for part in usual] if report.own is None else report.own
     last = [part(clean) for part in (_terms, _facts, _recipe, _command)]
-    return _render(report.title, tables.headline(report.summary), [_table(clean), *own, *last])
+    return _render(report.title, tables.headline(report.summary), [_table(clean), *report.more, *own, *last])
 
 
 def write_report(path: str | Path, report: Report) -> None:

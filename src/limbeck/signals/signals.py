@@ -23,6 +23,7 @@ class Signals:
         at: mapping from a module's path to its output.
         members: the signals of each teacher, when there are several (else empty).
         law: of language models the next-token distributions of the scored positions (`limbeck.losses.vocabulary.Law`, or `Sparse`).
+        prediction: of denoising networks what they predict beside what would be right (`limbeck.signals.denoising.Prediction`).
         hidden: of language models `(B, L, D)` what goes into the output matrix.
     """
 
@@ -57,8 +58,8 @@ class Signals:
 
     @property
     def scores(self) -> Any:
-        """What a task's losses take: the `law` of a language model, else the logits."""
-        return self._values["law"] if "law" in self._values else self._take("logits")
+        """What a task's losses take: the `law` of a language model, the `prediction` of a denoising network, else the logits."""
+        return self._take(next((name for name in ("law", "prediction") if name in self._values), "logits"))
 
     @property
     def logits(self) -> Tensor:

@@ -16,10 +16,13 @@ from limbeck.data.arguments import check_arguments
 from limbeck.errors import UserError, nearest, unknown
 from limbeck.zoo.cnn import CNN
 from limbeck.zoo.convnet import ConvNet
+from limbeck.zoo.cut import REFERENCE as CUT
+from limbeck.zoo.cut import rebuild_cut
 from limbeck.zoo.denoising import DenoisingMLP
 from limbeck.zoo.dit import DiT
 from limbeck.zoo.dual_head import DualHeaded
 from limbeck.zoo.efficientnet import EfficientNetLite0
+from limbeck.zoo.fields import FIELDS
 from limbeck.zoo.graph import GCN, GIN, SAGE
 from limbeck.zoo.guided import Guided
 from limbeck.zoo.language import LANGUAGE, Tokens, build_language, open_language
@@ -27,6 +30,10 @@ from limbeck.zoo.language import listing as language_listing
 from limbeck.zoo.linear import Linear
 from limbeck.zoo.mixer import Mixer
 from limbeck.zoo.mlp import MLP
+from limbeck.zoo.quantised import REBUILDERS as QUANTISED
+from limbeck.zoo.recurrent_decoder import REFERENCE as RECURRENT
+from limbeck.zoo.recurrent_decoder import rebuild_recurrent
+from limbeck.zoo.renderers import RENDERERS
 from limbeck.zoo.resnet import ResNet
 from limbeck.zoo.rotated_decoder import REFERENCE as ROTATED
 from limbeck.zoo.rotated_decoder import rebuild_rotated
@@ -51,15 +58,20 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "unet": UNet,
     "dit": DiT,
     "guided": Guided,
+    **FIELDS,
 }
-"""Embedded networks by name; those with `denoises = True` read `(x, level, label)` and are no classifiers, see `zoo.denoising`."""
+"""Embedded networks by name; those with `denoises = True` read `(x, level, label)`, see `zoo.denoising`, and fields read places and
+directions, see `zoo.fields`; both are no classifiers."""
 
 _KINDS = ("zoo", "hf", "timm", "diffusers", "python", "folder")
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers the model learns or holds as parameters; shared ones count once."""
-    return sum(p.numel() for p in model.parameters())
+    """How many weights the model has; shared ones count once.
+
+    Layers that hold weights as codes say how many in an attribute `coded_weights`.
+    """
+    return sum(p.numel() for p in model.parameters()) + sum(getattr(module, "coded_weights", 0) for module in model.modules())
 
 
 def listing() -> list[dict[str, Any]]:
@@ -77,10 +89,17 @@ def _embedded(name: str, args: dict[str, Any]) -> nn.Module:
     short = re.fullmatch(r"resnet(\d+)(?:x(\d+))?", name)
     if short:
         name, args = "resnet", {"depth": int(short[1]), "width": int(short[2] or 1), **args}
+    if name in RENDERERS:
+        taken = {**args} if name != "path-vae" else {key: value for key, value in args.items() if key not in ("input_shape", "classes")}
+        check_arguments(RENDERERS[name], taken, f"{name!r}")
+        return RENDERERS[name](**taken)
     if name not in NETWORKS:
-        raise unknown("network", name, [*NETWORKS, *LANGUAGE])
+        raise unknown("network", name, [*NETWORKS, *RENDERERS, *LANGUAGE])
+    alone = getattr(NETWORKS[name], "stands_alone", False)  # its own arguments say everything
+    if alone:
+        args = {key: value for key, value in args.items() if key not in ("input_shape", "classes")}
     for needed in ("input_shape", "classes"):
-        if needed not in args and name != "efficientnet-lite0":
+        if needed not in args and name != "efficientnet-lite0" and not alone:
             raise UserError(f"network {name!r} needs {needed}", "it is told by the data; in Python give it to build()")
     check_arguments(NETWORKS[name], args, f"network {name!r}")
     return NETWORKS[name](**args)
@@ -188,9 +207,15 @@ def build(
     kind, colon, name = ref.partition(":")
     if not colon:
         kind, name = ("folder", ref) if Path(ref).is_dir() and ref not in NETWORKS else ("zoo", ref)
-    if kind not in _KINDS:
+    if kind not in _KINDS and ref != CUT and ref not in QUANTISED:
         raise unknown("kind of network", kind, _KINDS)
     known = {k: v for k, v in (("input_shape", shape), ("classes", classes)) if v is not None}
+    if ref == CUT:
+        check_arguments(rebuild_cut, args, ref)
+        return rebuild_cut(**args)
+    if ref in QUANTISED:
+        check_arguments(QUANTISED[ref], args, ref)
+        return QUANTISED[ref](**args)
     if kind == "folder":
         from limbeck.zoo.files import load_model
 
@@ -199,6 +224,9 @@ def build(
     if f"{kind}:{name}" == ROTATED:
         check_arguments(rebuild_rotated, args, name)
         return rebuild_rotated(**args)
+    if f"{kind}:{name}" == RECURRENT:
+        check_arguments(rebuild_recurrent, args, name)
+        return rebuild_recurrent(**args)
     if kind == "zoo" and (name in LANGUAGE or (name == "minilm" and tokens is not None)):
         return _language(name, tokens, args)
     if kind == "hf" and tokens is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -32,13 +34,15 @@ class DiTBlock(nn.Module):
         dim: D, and the length of the condition.
         heads: of the attention; must divide `dim`.
         ratio: hidden width of the layers over `dim`.
+        linear: one linear map in place of the two layers.
     """
 
-    def __init__(self, dim: int, heads: int, ratio: int) -> None:
+    def __init__(self, dim: int, heads: int, ratio: int, linear: bool = False) -> None:
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(dim, elementwise_affine=False), Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU(approximate="tanh"), nn.Linear(ratio * dim, dim))
+        layers = nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU(approximate="tanh"), nn.Linear(ratio * dim, dim))
+        self.mlp = nn.Linear(dim, dim) if linear else layers
         self.modulate = zeroed(nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -64,6 +68,7 @@ class DiT(DenoisingNetwork):
         heads: of the attention.
         ratio: hidden width of a block's layers over `dim`.
         slowest, fastest: the lowest and the highest frequency by which the level is told, in radians a unit; see `Condition`.
+        linear: numbers of the blocks that have one linear map in place of their two layers (made by pruning).
 
     Raises:
         UserError: samples that are not pictures; sizes below 1, or that do not divide; a negative number of classes; frequencies out of
@@ -83,6 +88,7 @@ class DiT(DenoisingNetwork):
         ratio: int = 4,
         slowest: float = 0.2,
         fastest: float = 4.0,
+        linear: Sequence[int] = (),
     ) -> None:
         channels, height, width = pictures(input_shape, "dit")
         positive("dit", dim=dim, depth=depth, heads=heads, ratio=ratio)
@@ -96,7 +102,10 @@ class DiT(DenoisingNetwork):
         self.stem = Patches(input_shape, patch, dim, "dit", positions=False)
         self.patch, self.rows, self.columns = patch, height // patch, width // patch
         self.register_buffer("positions", grid_positions(self.rows, self.columns, dim), persistent=False)  # As Condition.frequencies.
-        self.blocks = nn.ModuleList(DiTBlock(dim, heads, ratio) for _ in range(depth))
+        self.linear = tuple(linear)
+        if not set(self.linear) <= set(range(depth)):
+            raise UserError(f"network 'dit': linear names blocks {list(linear)} of {depth}", f"give numbers from 0 to {depth - 1}")
+        self.blocks = nn.ModuleList(DiTBlock(dim, heads, ratio, number in self.linear) for number in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.modulate = zeroed(nn.Linear(dim, 2 * dim))
         self.out = zeroed(nn.Linear(dim, patch * patch * channels))

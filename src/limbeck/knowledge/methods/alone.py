@@ -36,14 +36,16 @@ class Alone(Distiller):
     teacher_kind: ClassVar[str] = "none"
     teacher_wants: ClassVar[tuple[str, ...]] = ()
     labelled_only: ClassVar[bool] = True
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "language", "embedding")
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "language", "embedding", "denoising")
 
     label_smoothing: float = setting(0.0, "share of the target spread over all classes (arXiv:1512.00567 uses 0.1)", at_least=0, at_most=1)
 
     def loss(self, batch: Batch, student: Signals, teacher: Signals, clock: Clock) -> dict[str, Tensor]:
-        """`ce`; of embeddings `contrastive`, the InfoNCE loss of pairs within the batch."""
+        """`ce`; of denoising networks `denoising`, their squared error; of embeddings `contrastive`, the InfoNCE loss of a batch's pairs."""
         if self.task.family == "embedding":
             return {"contrastive": self.task.pair_loss(student)}
+        if self.task.family == "denoising":
+            return {"denoising": self.task.hard_loss(student.prediction)}
         if self.task.family == "language":
             return {"ce": self.task.hard_loss(student.law, batch.labels, label_smoothing=self.label_smoothing)}
         if self.label_smoothing:

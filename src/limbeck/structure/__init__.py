@@ -1,0 +1,1 @@
+"""From a trained network to a smaller one: pruned, quantised, searched or converted, and recovered by distillation."""

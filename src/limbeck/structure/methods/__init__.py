@@ -1,0 +1,1 @@
+"""The methods of the structure wing, one a file."""
