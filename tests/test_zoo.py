@@ -22,6 +22,7 @@ def fails(match, call, *args, **kwargs):
 
 GRAPHS = {"gin", "gcn", "sage"}  # they read graphs; see test_graphs.py
 DENOISERS = {name for name, maker in NETWORKS.items() if getattr(maker, "denoises", False)}  # see test_zoo_denoising.py
+SCENES = {name for name, maker in NETWORKS.items() if getattr(maker, "stands_alone", False)}  # no classifiers; see test_scenes_*.py
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_sizes_are_known(ref, shape, classes, args, count):
     assert parameters(build(ref, input_shape=shape, classes=classes, **args)) == count
 
 
-@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"efficientnet-lite0", "dual-head"} - GRAPHS - DENOISERS))  # dual-head wraps one
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"efficientnet-lite0", "dual-head"} - GRAPHS - DENOISERS - SCENES))  # dual-head wraps one
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
 def test_every_network_has_the_same_anatomy(name, shape):
     model = build(f"zoo:{name}", input_shape=shape, classes=7, **({"depth": 8} if name == "resnet" else {}))
@@ -62,7 +63,7 @@ def test_attention_can_be_tapped():
     assert seen[0].shape == (2, 4, 16, 16) and torch.allclose(seen[0].sum(-1), torch.ones(2, 4, 16))
 
 
-@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"efficientnet-lite0"} - GRAPHS - DENOISERS))
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"efficientnet-lite0"} - GRAPHS - DENOISERS - SCENES))
 def test_save_and_load_give_the_same_bits(name, tmp_path):
     model = build(name, **DIGITS)
     x = torch.rand(4, 1, 8, 8)

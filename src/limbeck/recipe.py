@@ -27,6 +27,7 @@ from limbeck.schema import (
     Method,
     Model,
     Recipe,
+    Scene,
     Schooling,
     Stage,
     Strict,
@@ -43,6 +44,7 @@ __all__ = [
     "Method",
     "Model",
     "Recipe",
+    "Scene",
     "Schooling",
     "Stage",
     "Teacher",
@@ -223,7 +225,7 @@ def check_references(recipe: Recipe) -> None:
         if not method.id.startswith(("python:", "object:")) and method.id not in registered():
             raise unknown("method", method.id, registered(), "limbeck methods")
     prefix, _, rest = recipe.data.source.partition(":")
-    if prefix in ("folder", "csv", "parquet", "idx") and not Path(rest).expanduser().exists():
+    if prefix in ("folder", "csv", "parquet", "idx", "posed") and not Path(rest).expanduser().exists():
         raise UserError(f"data: there is no {rest}", "check the path; it is read relative to the present folder")
     for role, model in models:
         if model.weights and not Path(model.weights).expanduser().exists():

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from limbeck.engine.callbacks import Callback
     from limbeck.outcome import Outcome
 
-JOBS = {"knowledge": "limbeck.knowledge.job", "condensation": "limbeck.condensation.job", "sampling": "limbeck.sampling.job"}
+JOBS = {
+    "knowledge": "limbeck.knowledge.job",
+    "condensation": "limbeck.condensation.job",
+    "sampling": "limbeck.sampling.job",
+    "scenes": "limbeck.scenes.job",
+    "structure": "limbeck.structure.job",
+}
 """Where each wing's job is: a module with `run(recipe, session, given) -> Outcome`."""
 
 NOT_BINDING = ("checkpoints", "trackers", "watch", "stop_on_alarm", "about", "name")
@@ -73,6 +79,15 @@ class Result:
             UserError: this run made something else.
         """
         return self._artifact("generator")
+
+    @property
+    def scene(self) -> Any:
+        """The field, picture or drawing of the scenes wing.
+
+        Raises:
+            UserError: this run made something else.
+        """
+        return self._artifact("scene")
 
     def _artifact(self, name: str) -> Any:
         if name not in self.artifacts:
@@ -247,6 +262,8 @@ def _execute(
         callbacks=everyone,
     )
     wing = given["method"].card.wing if "method" in given else find(recipe.method.id).card.wing
+    if wing == "knowledge" and any(stage.method is not None and find(stage.method.id).card.wing == "structure" for stage in recipe.stages):
+        wing = "structure"  # one of the stages makes its own student
     if wing not in JOBS:
         raise UserError(f"the wing {wing} cannot be run yet", "`limbeck methods` lists what can")
     try:
@@ -275,9 +292,21 @@ def _execute(
 
         records = read_log(folder / "log.jsonl")
         own = None if outcome.sections is None else outcome.sections(summary, records)
+        more = [] if outcome.more is None else outcome.more(summary, records)
         write_report(
             folder / "report.html",
-            Report(recipe.name, summary, records, outcome.logits, outcome.labels, outcome.inputs, outcome.classes, recipe.to_yaml(), own),
+            Report(
+                recipe.name,
+                summary,
+                records,
+                outcome.logits,
+                outcome.labels,
+                outcome.inputs,
+                outcome.classes,
+                recipe_yaml=recipe.to_yaml(),
+                own=own,
+                more=more,
+            ),
         )
     storage.write_json(folder / "summary.json", summary)
     return Result(summary, folder, {name: getattr(made, "held", made) for name, made in outcome.artifacts.items()})

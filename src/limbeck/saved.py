@@ -69,6 +69,10 @@ def open_saved(path: str | Path, model: str | None = None) -> Saved:
             f"{path} holds a generator, which is no classifier",
             "open it with limbeck.load_generator(folder), or draw with `limbeck sample`",
         )
+    if (path / "scene").is_dir() or (path / "scene.json").is_file():
+        raise UserError(
+            f"{path} holds a scene, which is no classifier", "open it with limbeck.load_scene(folder); `limbeck evaluate` measures it again"
+        )
     run = path if (path / "recipe.yaml").is_file() else path.parent if (path.parent / "recipe.yaml").is_file() else None
     folder = path / "student" if run == path else path
     if run == path and not folder.is_dir():
@@ -257,6 +261,12 @@ def _check_form(network: nn.Module, form: str) -> None:
     if form == "hf" and not (_is_transformers(network) or is_adapted(network) or isinstance(network, SentenceEncoder)):
         raise UserError(
             f"--format hf is for models of transformers, and this student is of the class {kind}", "use --format safetensors or onnx"
+        )
+    made_from = str((getattr(network, "limbeck_config", None) or {}).get("ref", ""))
+    if form == "hf" and made_from.startswith(("quantised:", "cut:")):
+        raise UserError(
+            f"--format hf is for models as transformers builds them, and the weights of this {kind} are {made_from.split(':')[0]}",
+            "use --format safetensors or onnx",
         )
     if form == "onnx" and getattr(getattr(network, "config", None), "is_encoder_decoder", False):
         raise UserError(

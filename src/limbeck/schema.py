@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -324,6 +324,56 @@ class Generate(Strict):
     features: Model = Field(default_factory=lambda: Model(model="cnn", args={"width": 16}, train=Schooling(epochs=15, batch=64, lr=2e-3)))
 
 
+class Scene(Strict):
+    """What the scenes wing renders and compares. Used by its methods only.
+
+    Fields: `points` on each ray, `background` of the pixels on which methods learn ("random": another colour for each ray, where the data
+    know what is transparent), `equal`: what the rival gets as much of as the student, optimisation "steps" or "seconds"; `rivals`: methods
+    that optimise the same student, the first one is the row "baseline" of the table; none takes the kind's usual ones. `curve`: how often
+    the figures are measured on the way, for the curve over time (0: never).
+    Pictures and drawings: `variants`: how many particles or cameras the student renders; `label`: the class that the score is asked for,
+    by number or name (none: each in turn; "any": no condition). `process`, `prediction`: of a score network that is trained here
+    (`teacher`), `label_dropout`: share of labels hidden meanwhile, `jitter`: noise on its training pictures. `samples`: pictures of each
+    measurement. `features`: the classifier in whose features they are measured; trained once on the training part.
+    """
+
+    points: Positive = 48
+    background: Literal["random", "white", "black"] = "random"
+    equal: Literal["steps", "seconds"] = "steps"
+    rivals: list[Method] | None = None
+    curve: Annotated[int, Field(ge=0)] = 8
+    variants: Positive = 16
+    label: Annotated[int, Field(ge=0)] | str | None = None
+    process: str | dict[str, Any] = "cosine"
+    prediction: Literal["velocity", "noise", "x0", "v", "edm"] = "v"
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    jitter: Annotated[float, Field(ge=0)] = 0.0
+    samples: Annotated[int, Field(ge=8)] = 256
+    features: Model = Field(default_factory=lambda: Model(model="cnn", args={"width": 16}, train=Schooling(epochs=15, batch=64, lr=2e-3)))
+
+
+class Structure(Strict):
+    """The budget of the structure wing. Used by its methods only.
+
+    `budget`: the most of each that the student may have: `params`, `flops` (of one sample), `bytes` (as stored), `latency_ms` (of one
+    sample, here), `memory` (peak, in bytes) and `bits` (mean bits a weight), as a number or as a share of the teacher's ("40%").
+    """
+
+    budget: dict[Literal["params", "flops", "bytes", "latency_ms", "memory", "bits"], float | str] = Field(default_factory=dict)
+
+    @field_validator("budget")
+    @classmethod
+    def _limits(cls, value: dict[str, float | str]) -> dict[str, float | str]:
+        for name, limit in value.items():
+            try:
+                number = float(limit.strip().removesuffix("%")) if isinstance(limit, str) else limit
+            except ValueError:
+                number = 0.0
+            if not 0 < number < float("inf"):
+                raise ValueError(f'budget.{name} is {limit!r}: give a positive number, or a share of the teacher such as "40%"')
+        return value
+
+
 class Text(Strict):
     """How texts become tokens, and what is written when a model is measured. Used where the data are texts.
 
@@ -371,9 +421,11 @@ class Recipe(Strict):
     training: Training = Field(default_factory=Training)
     condense: Condense | None = None
     generate: Generate | None = None
+    scene: Scene | None = None
+    structure: Structure | None = None
     text: Text | None = None
     stages: list[Stage] = Field(default_factory=list)
-    task: Literal["auto", "multiclass", "multilabel", "binary"] = "auto"
+    task: Literal["auto", "multiclass", "multilabel", "binary", "denoising"] = "auto"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     baseline: bool = True
     ceiling: bool = False
@@ -398,6 +450,12 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _slims_the_teacher(self) -> Recipe:
+        if self.structure is not None and "student" not in self.model_fields_set:
+            self.student = Model(model="teacher")
+        return self
+
+    @model_validator(mode="after")
     def _has_length(self) -> Recipe:
         if self.training.epochs is None and self.training.steps is None:
             self.training.epochs = 20.0
@@ -406,7 +464,7 @@ class Recipe(Strict):
     def data_as_written(self) -> dict[str, Any]:
         """The whole recipe as plain data, defaults included (a wing's own block only where it is used)."""
         raw = self.model_dump(mode="json")
-        for block in ("condense", "generate", "text"):
+        for block in ("condense", "generate", "scene", "structure", "text"):
             if raw[block] is None:
                 del raw[block]
         return raw

@@ -13,8 +13,9 @@ def data() -> None:
 
     from limbeck.data import listing
     from limbeck.data.text import listing as texts
+    from limbeck.rendering.scenes import listing as scenes
 
-    for rows in (listing(), texts()):
+    for rows in (listing(), texts(), scenes()):
         table = Table(box=None, pad_edge=False)
         for key in rows[0]:
             table.add_column(key, overflow="fold")
@@ -23,4 +24,5 @@ def data() -> None:
         Console().print(table)
         print()
     print("your own: hf:<id or folder>  folder:<images>  csv:<file>  parquet:<file>  idx:<folder>")
+    print("views:    posed:<folder> with transforms.json and pictures")
     print("texts:    text:<folder or pattern>  jsonl:<file>, and with a `text` block in the recipe csv:, parquet: and hf: too")

@@ -28,7 +28,7 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="A JSON object for programs.")] = False,
 ) -> None:
-    """Measure a saved student again: its metrics on the test split, and what it costs. A synthetic set or a generator is judged again.
+    """Measure a saved student again: its metrics on the test split, and what it costs. Synthetic sets, generators and scenes are judged again.
 
     The data are those of the run that made it, unless others are named. Where the run recorded its figures, they stand beside the
     new ones: on the same data and machine they must be equal.
@@ -37,15 +37,18 @@ def evaluate(
     """
     from limbeck.condensation.judging import is_set
     from limbeck.sampling.generator import is_generator
+    from limbeck.scenes.scene import scene_folder
 
     if inception is not None and not is_generator(path):
         raise UserError("--inception is for generators, and this is none", "leave it out")
-    for found, what in ((is_set, "a synthetic set"), (is_generator, "a generator")):
+    for found, what in ((is_set, "a synthetic set"), (is_generator, "a generator"), (scene_folder, "a scene")):
         if found(path):
             if data is not None or model is not None:
                 raise UserError(f"--data and --model are for networks, and this is {what}", "change its run's recipe with --set")
             if found is is_set:
                 _judge(path, list(set or []), json)
+            elif found is scene_folder:
+                _render_again(path, list(set or []), json)
             else:
                 _draw_again(path, list(set or []), json, inception)
             return
@@ -106,6 +109,27 @@ def _draw_again(path: Path, changes: list[str], json: bool, inception: Path | No
     print(f"real training pictures are at distance {found['floor']['feature_distance']:.4g}")
     for steps, value in found.get("inception_fid", {}).items():
         print(f"Inception FID at {steps} step{'s' if int(steps) > 1 else ''}: {value:.4g}")
+
+
+def _render_again(path: Path, changes: list[str], json: bool) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from limbeck.report.tables import ABSENT, figure
+    from limbeck.scenes.again import measure_again
+
+    found = measure_again(path, changes)
+    if json:
+        print(json_module.dumps(found, indent=1))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, title in enumerate(("figure", "now", "recorded")):
+        table.add_column(title, justify="right" if number else "left")
+    for name, value in found["figures"].items():
+        before = found["recorded"][name]
+        table.add_row(name.replace("_", " "), figure(name, value), ABSENT if before is None else figure(name, before))
+    Console().print(table)
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -86,7 +86,9 @@ def higher_is_better(metric: str) -> bool:
     What follows an "@" (the steps or the rank the figure was taken at) is not part of the name.
     """
     metric = metric.lower().split("@")[0]
-    if metric in {"feature_distance", "kernel_distance", "sliced_distance", "copies"}:  # of generated samples
+    if metric in {"feature_distance", "kernel_distance", "sliced_distance", "copies", "saturation"}:  # of generated samples
+        return False
+    if metric in {"self_intersections", "jaggedness"}:  # of drawings
         return False
     small = {"loss", "ece", "nll", "brier", "error", "perplexity", "kl", "js", "latency", "seconds", "flops", "params", "bytes", "memory"}
     small |= {"mae", "mse", "rmse", "wer", "cer", "fid", "bits"}

@@ -165,7 +165,7 @@ def beside(done: Distilled) -> dict[str, nn.Module]:
 
     Returns:
         By role: "baseline", what came out; where there are several stages "<stage> alone" and "<stage>", as each left it; and
-        "<stage> made", as a stage made it, before training.
+        "<stage> made", as the stage made it of the distilled student, before training.
     """
     recipe, session, found = done.job.recipe, done.job.session, {}
     student, same = done.start, True
@@ -179,7 +179,7 @@ def beside(done: Distilled) -> dict[str, nn.Module]:
             own.method = method = copy.deepcopy(stage.method)
             method.bind(stage.task)
             network = copy.deepcopy(stage.made) if same else reshaped(method, network, own)
-            found["made" if single else f"{stage.name} made"] = _finished(method, copy.deepcopy(network))
+            found["made" if single else f"{stage.name} made"] = _finished(copy.deepcopy(method), copy.deepcopy(stage.made))
         phase = "baseline" if single else f"baseline-{stage.name}"
         student = alone(phase, network, stage.data.only_labelled(), stage.task, recipe, session, stage.steps, stage.training)
         if stage.making is not None:

@@ -24,6 +24,7 @@ from limbeck.losses.divergences import (
     kl,
     reverse_kl,
     skew_kl,
+    split_divergence,
     total_variation,
 )
 from limbeck.losses.features import (
@@ -33,6 +34,7 @@ from limbeck.losses.features import (
     l1,
     mse,
     norm_and_direction,
+    normalized_l1,
     normalized_mse,
 )
 from limbeck.losses.generation import (
@@ -50,17 +52,37 @@ from limbeck.losses.inversion import image_variation, statistics_distance
 from limbeck.losses.kernel import barlow_twins, kernel_ridge_prediction
 from limbeck.losses.matching import characteristic_discrepancy, gradient_distance, mean_distance
 from limbeck.losses.ranking import list_mle, plackett_luce
-from limbeck.losses.relational import cka, correlation, pearson, rkd_angle, rkd_distance, similarity_preserving
+from limbeck.losses.relational import (
+    channel_correlation,
+    cka,
+    correlation,
+    pearson,
+    rkd_angle,
+    rkd_distance,
+    self_relation,
+    similarity_preserving,
+)
+from limbeck.losses.score import (
+    annealed,
+    entropic_prediction,
+    guided_prediction,
+    later_place,
+    least_norm,
+    level_weight,
+    score_surrogate,
+)
 from limbeck.losses.transport import batch_transport, sinkhorn, sinkhorn_distance
 
 __all__ = [
     "alpha_divergence",
+    "annealed",
     "attention_map",
     "attention_transfer",
     "barlow_twins",
     "batch_transport",
     "bernoulli_kl",
     "binary_cross_entropy",
+    "channel_correlation",
     "characteristic_discrepancy",
     "cka",
     "correlation",
@@ -68,6 +90,7 @@ __all__ = [
     "critic_loss",
     "cross_entropy",
     "decoupled_kd",
+    "entropic_prediction",
     "entropy",
     "field_loss",
     "fooling_loss",
@@ -75,6 +98,7 @@ __all__ = [
     "gaussian_mmd",
     "gradient_distance",
     "gradient_penalty",
+    "guided_prediction",
     "image_variation",
     "info_nce",
     "jeffreys",
@@ -82,11 +106,15 @@ __all__ = [
     "kernel_ridge_prediction",
     "kl",
     "l1",
+    "later_place",
+    "least_norm",
+    "level_weight",
     "list_mle",
     "matching_direction",
     "mean_distance",
     "mse",
     "norm_and_direction",
+    "normalized_l1",
     "normalized_mse",
     "pearson",
     "pixel_distance",
@@ -96,11 +124,14 @@ __all__ = [
     "rkd_angle",
     "rkd_distance",
     "score_identity",
+    "score_surrogate",
+    "self_relation",
     "similarity_preserving",
     "sinkhorn",
     "sinkhorn_distance",
     "skew_kl",
     "soft_cross_entropy",
+    "split_divergence",
     "statistics_distance",
     "supervised_contrastive",
     "target_enhanced_cross_entropy",

@@ -40,8 +40,8 @@ class ConvNet(Network):
         norm: "instance", "batch", "group" (4 groups) or "none".
         pool: "avg" or "max".
         kernel: side of the convolutions, odd.
-        out: channels of a last 1x1 convolution whose global mean is the embedding, so that networks of all sizes have one width there;
-            0 for flattened features.
+        out: channels of a last 1x1 convolution (with norm and ReLU) whose global mean is the embedding, so that networks of all sizes
+            have one width there; 0 for flattened features.
     """
 
     plain_start = True
@@ -76,7 +76,7 @@ class ConvNet(Network):
             blocks.append(nn.Sequential(nn.Conv2d(channels, width, kernel, padding=kernel // 2), *_norm(norm, width), nn.ReLU(), pooling))
             channels, height, rows = width, height // 2, rows // 2
         if out:
-            blocks.append(nn.Conv2d(channels, out, 1))
+            blocks.append(nn.Sequential(nn.Conv2d(channels, out, 1), *_norm(norm, out), nn.ReLU()))
             super().__init__(nn.Identity(), blocks, MeanPool(), out, classes)
         else:
             super().__init__(nn.Identity(), blocks, Flatten(), channels * height * rows, classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import tempfile
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from limbeck import storage
 from limbeck.errors import UserError
+from limbeck.zoo.quantised import is_coded, unfold
 
 _HINT = "pip install 'limbeck[onnx]'"
 
@@ -88,6 +90,8 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, real
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
         raise UserError(f"exporting to ONNX needs {error.name}", _HINT) from None
+    if is_coded(model):
+        model = unfold(copy.deepcopy(model))  # the graph holds the weights that the codes stand for
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     keys, examples = _parts(example_inputs)

@@ -10,9 +10,14 @@ from torch import Tensor, nn
 
 from limbeck.errors import UserError
 from limbeck.storage import load_tensors, save_tensors, sha256, write_json, write_text
+from limbeck.zoo.cut import REFERENCE as CUT
+from limbeck.zoo.cut import resize
 from limbeck.zoo.hub import build_hub
 from limbeck.zoo.language import quiet
 from limbeck.zoo.lora import BASE, is_adapted, load_adapter, save_adapter
+from limbeck.zoo.quantised import REBUILDERS as QUANTISED
+from limbeck.zoo.quantised import REFERENCE as CODED
+from limbeck.zoo.quantised import code_like, is_coded
 from limbeck.zoo.sentence import SentenceEncoder, is_sentence_folder, load_sentence
 
 FORMAT = "limbeck-model/1"
@@ -52,13 +57,15 @@ def save_model(model: nn.Module, folder: str | Path, *, card: str = "", extra: d
     Returns:
         The folder.
     """
+    from limbeck.zoo.build import parameters
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kind = f"{type(model).__module__}:{type(model).__qualname__}"
     note: dict[str, Any] = {
         "format": FORMAT,
         "class": kind,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters(model),
         "extra": extra or {},
     }
     if is_adapted(model):
@@ -68,6 +75,8 @@ def save_model(model: nn.Module, folder: str | Path, *, card: str = "", extra: d
         if note["base"] == BASE:
             note["base_files"] = {p.name: sha256(p) for p in sorted((folder / BASE).glob("*.safetensors"))}
         write_json(folder / NOTE, note)
+    elif is_coded(model) or (getattr(model, "limbeck_config", None) or {}).get("ref") == CUT:
+        _write_plain(model, folder, note)  # transformers could not open it
     elif isinstance(model, SentenceEncoder):
         with quiet():
             note["files"] = model.save(folder)
@@ -78,13 +87,18 @@ def save_model(model: nn.Module, folder: str | Path, *, card: str = "", extra: d
         note["files"] = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
         write_json(folder / NOTE, note)
     else:
-        stored, tied = _untie(model)
-        note |= getattr(model, "limbeck_config", None) or {}
-        note["tied"] = tied
-        note["files"] = {WEIGHTS: save_tensors(folder / WEIGHTS, stored)}
-        write_json(folder / CONFIG, note)
+        _write_plain(model, folder, note)
     write_text(folder / "README.md", card or f"# A network saved by limbeck\n\n`{kind}`, {note['parameters']} parameters.\n")
     return folder
+
+
+def _write_plain(model: nn.Module, folder: Path, note: dict[str, Any]) -> None:
+    """Weights and note of a network that transformers does not know, or whose weights are codes."""
+    stored, tied = _untie(model)
+    note |= getattr(model, "limbeck_config", None) or {}
+    note["tied"] = tied
+    note["files"] = {WEIGHTS: save_tensors(folder / WEIGHTS, stored)}
+    write_json(folder / CONFIG, note)
 
 
 def read_note(folder: str | Path) -> dict[str, Any]:
@@ -157,6 +171,10 @@ def load_model(folder: str | Path, *, model: nn.Module | None = None, trust_pyth
             return _into(model, build_hub(str(folder.resolve())), folder)
     if model is None:
         model = _rebuild(note, folder, trust_python)
+    elif note.get("ref") == CODED:
+        model = _coded_like(note, model)
+    elif note.get("ref") == CUT:
+        model = _cut_like(note, model)
     tensors = load_tensors(folder / WEIGHTS, note.get("files", {}).get(WEIGHTS))
     tied = note.get("tied", {})
     tensors |= {name: tensors[kept] for name, kept in tied.items() if kept in tensors}
@@ -203,6 +221,28 @@ def _into(model: nn.Module | None, loaded: nn.Module, folder: Path) -> nn.Module
     return model
 
 
+def _cut_like(note: dict[str, Any], model: nn.Module) -> nn.Module:
+    """The network before the cut, or the cut one, with the shapes of the cut one."""
+    args = note.get("args", {})
+    of = args.get("of")
+    if isinstance(of, dict) and of.get("ref") == CUT:
+        model = _cut_like(of, model)
+    model = resize(model, args.get("shapes", {}))
+    model.limbeck_config = {"ref": CUT, "args": args}  # type: ignore[assignment]
+    return model
+
+
+def _coded_like(note: dict[str, Any], model: nn.Module) -> nn.Module:
+    """The network before its weights became codes, or the coded one, with blank codes."""
+    args = note.get("args", {})
+    of = args.get("of")
+    if isinstance(of, dict) and of.get("ref") == CUT:
+        model = _cut_like(of, model)
+    model = code_like(model, args.get("layers", {}))
+    model.limbeck_config = {"ref": CODED, "args": args}  # type: ignore[assignment]
+    return model
+
+
 def _rebuild(note: dict[str, Any], folder: Path, trust_python: bool) -> nn.Module:
     from limbeck.zoo.build import build
 
@@ -236,4 +276,6 @@ def _without_code(ref: str, args: dict[str, Any], folder: Path, trust_python: bo
         args["config_only"] = True
     if (kind, name) in (("zoo", "dual-head"), ("zoo", "guided")) and isinstance(args.get("network"), str):
         args["args"] = _without_code(args["network"], dict(args.get("args") or {}), folder, trust_python)
+    if (ref == CUT or ref in QUANTISED) and isinstance(of := args.get("of"), dict) and isinstance(of.get("ref"), str):
+        args["of"] = {**of, "args": _without_code(of["ref"], dict(of.get("args") or {}), folder, trust_python)}
     return args

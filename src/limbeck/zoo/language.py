@@ -57,6 +57,10 @@ def _llama(t: Tokens, layers: int, width: int, heads: int, inner: int | None) ->
     }
 
 
+def _mixtral(t: Tokens, layers: int, width: int, heads: int, inner: int | None) -> dict[str, Any]:
+    return _llama(t, layers, width, heads, inner or 2 * width)
+
+
 def _gpt2(t: Tokens, layers: int, width: int, heads: int, inner: int | None) -> dict[str, Any]:
     _, inner = _sizes(layers, width, heads, inner)
     return {
@@ -98,11 +102,12 @@ def _bert(t: Tokens, layers: int, width: int, heads: int, inner: int | None) -> 
     }
 
 
-LANGUAGE = {"llama": _llama, "gpt2": _gpt2, "t5": _t5, "bert": _bert}
+LANGUAGE = {"llama": _llama, "mixtral": _mixtral, "gpt2": _gpt2, "t5": _t5, "bert": _bert}
 """Architectures that are built from sizes alone; every other one through a folder with its config.json (`hf:<folder>`)."""
 
 _ABOUT = {
     "llama": "Decoder of the Llama family (rotary positions, RMS norm, gated layers), random weights.",
+    "mixtral": "Decoder of the Mixtral family: num_local_experts (8) experts, num_experts_per_tok (2) of them at work, random weights.",
     "gpt2": "Decoder of the GPT-2 family (learned positions), random weights.",
     "t5": "Encoder-decoder of the T5 family, random weights.",
     "bert": "Encoder of the BERT family, random weights: for classification and embedding of texts.",

@@ -9,20 +9,25 @@ from limbeck.zoo.network import Network, Patches, TokenPool, positive
 
 
 class Attention(nn.Module):
-    """Self-attention over `(B, L, D)`; the attention `(B, heads, L, L)` passes through the submodule `weights`, where it can be tapped."""
+    """Self-attention over `(B, L, D)`; the attention `(B, heads, L, L)` passes through the submodule `weights`, where it can be tapped.
+
+    Attributes:
+        heads: how many; fewer than D / size after pruning.
+        size: width of a head.
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.size = heads, dim // heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.weights = nn.Softmax(dim=-1)
         self.project = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, dim = x.shape
-        query, key, value = self.qkv(x).view(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        weights = self.weights(query @ key.transpose(-1, -2) * (dim // self.heads) ** -0.5)
-        return self.project((weights @ value).transpose(1, 2).reshape(batch, length, dim))
+        batch, length, _ = x.shape
+        query, key, value = self.qkv(x).view(batch, length, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
+        weights = self.weights(query @ key.transpose(-1, -2) * self.size**-0.5)
+        return self.project((weights @ value).transpose(1, 2).flatten(2))
 
 
 class TransformerBlock(nn.Module):

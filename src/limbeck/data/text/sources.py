@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from limbeck.data.text import domains, foreign, hub, stdlib, words
+from limbeck.data.text import domains, foreign, hub, pixels, stdlib, words
 from limbeck.data.text.rows import Corpus
 
 EMBEDDED: dict[str, Callable[..., Corpus]] = {
@@ -16,6 +16,7 @@ EMBEDDED: dict[str, Callable[..., Corpus]] = {
     "stdlib-windows": stdlib.stdlib_windows,
     "stdlib-domains": domains.stdlib_domains,
     "tables-in-words": words.tables_in_words,
+    "digit-tokens": pixels.digit_tokens,
 }
 """Embedded texts by name."""
 
