@@ -71,12 +71,11 @@ def test_evaluate_gives_the_recorded_figures(converted, limbeck):
         measure_again(folder.parent)
 
 
-def test_resume_of_a_finished_run_changes_nothing(converted, limbeck):
+def test_resume_of_a_finished_run_changes_nothing(converted):
     folder, _ = converted
     before = (folder / "scene" / "model.safetensors").read_bytes()
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]
-    done = limbeck("run", "scene-convert", *SET, "--out", folder, "--resume")
-    assert done.returncode == 0, done.stderr
+    package.run_recipe("scene-convert", *TINY, out=folder, resume=True)
     assert (folder / "scene" / "model.safetensors").read_bytes() == before
     assert json.loads((folder / "summary.json").read_text())["metrics"] == metrics
 
@@ -96,12 +95,11 @@ def test_a_saved_field_is_a_teacher_and_opens_in_python(converted, tmp_path):
         open_saved(folder)
 
 
-def test_methods_side_by_side(tmp_path, limbeck):
+def test_methods_side_by_side(tmp_path):
     """`limbeck compare` works through the role "student"."""
-    arms = ["--methods", "from-images,pvd-al@cells=0", "--seeds", "1"]
-    done = limbeck("compare", "scene-convert", *SET, *arms, "--out", tmp_path / "c", timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "from-images" in done.stdout and "pvd-al" in done.stdout and "psnr" in done.stdout
+    found = package.compare("scene-convert", ["from-images", "pvd-al@cells=0"], 2, changes=TINY, out=tmp_path / "c")
+    assert found.metric == "psnr" and len(found.rows) == 4
+    assert [line["n"] for line in found.table("psnr")] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -148,9 +146,7 @@ def test_commands_of_other_wings_say_so(tmp_path, limbeck):
         assert done.returncode == 2 and "belongs to the wing scenes" in done.stderr and "Traceback" not in done.stderr
     listed = limbeck("data")
     assert "scene:globes" in listed.stdout and "posed:<folder>" in listed.stdout
-    shown = limbeck("show", "pvd-al")
-    assert shown.returncode == 0 and "2304.04012" in shown.stdout
-    assert "field-hash" in limbeck("inspect", "--list").stdout
+    assert {"field-mlp", "field-hash", "field-vm", "field-voxels"} <= {row["name"] for row in zoo.listing()}
 
 
 def test_objects_in_python(tmp_path):
@@ -176,7 +172,4 @@ def test_objects_in_python(tmp_path):
     result = package.run_recipe(raw, out=tmp_path / "run", teacher=teacher, student=student, data=views, method=method)
     assert all((before[name] == value).all() for name, value in student.state_dict().items())
     assert isinstance(result.scene, VoxelField) and result.summary["method"] == "pvd"
-    raw["training"]["steps"], raw["method"] = 1, {"id": "from-images"}
-    first = package.run_recipe({**raw, "scene": {"points": 6, "rivals": ["pixels-only"]}}, out=tmp_path / "b", teacher=teacher, student=student, data=views)
-    assert first.summary["metrics"]["baseline"] != first.summary["metrics"]["student"]
     assert any((before[name] != value).any() for name, value in result.scene.state_dict().items())

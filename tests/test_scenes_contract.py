@@ -160,3 +160,31 @@ def test_what_is_saved_opens_again(id, tmp_path):
     opened, note = load_scene(tmp_path)
     assert bits(opened) == bits(scene.held) and note["kind"] == find(id).kind
     assert outcome.sections({**outcome.summary, "alarms": []}, []), "the wing's parts of the report"
+
+
+def test_looking_on_the_way_changes_nothing(monkeypatch):
+    """With or without a curve, and whatever a look draws, the student has the same bits."""
+    from limbeck.scenes.fields import FieldProblem
+
+    alone = optimised("pvd", changes=["scene.curve=0"])[0]
+    monkeypatch.setattr(FieldProblem, "watch", lambda self, student: {"psnr": float(torch.rand(7).sum())})
+    looked, *_, program = optimised("pvd", changes=["scene.curve=3"])
+    assert bits(alone) == bits(looked) and len(program.trace) == 3
+
+
+def test_kept_teachers_are_found_again_by_what_made_them():
+    """The same views and settings find the same teacher; other views, points or steps have one of their own."""
+
+    def teacher(*changes):
+        _, problem = job.open_problem(recipe_of("pvd", *changes), Session(), {})
+        return bits_of(problem.teacher)[0]
+
+    usual = teacher()
+    assert teacher() == usual == teacher("seed=3", "training.lr=0.1", "student.args.width=4")
+    others = [
+        teacher("data.source=scene:letter"),
+        teacher("scene.points=5"),
+        teacher("teacher.train.steps=19"),
+        teacher("teacher.train.seed=1"),
+    ]
+    assert len({usual, *others}) == 5

@@ -179,12 +179,20 @@ def test_overlap_is_the_mean_product_of_two_layers():
 
 
 def test_a_moving_average_keeps_whole_layers():
-    recipe = recipe_of(training={"ema": 0.9}, method={"clean": 0.5})
+    recipe = recipe_of(training={"ema": 0.9})
+    recipe.method = schema.Method(id="direct-paths", settings={"width": 16, "clean": 0.5})
     method, problem = job.open_problem(recipe, Session(), {})
     with torch.no_grad():
         problem.student.strength[:, 0] = -9.0
     student, _ = job.optimised(method, problem, Session())
     assert set(student.kept.unique().tolist()) <= {0.0, 1.0} and (student.kept[:, 0] == 0).all()
+    average = copy.deepcopy(problem.student)
+    with torch.no_grad():
+        average.strength[:], average.points[:] = 6.0, torch.rand(2, 3, 24, 2) - 0.5
+        average.kept[:] = 0.9  # as an average of ones and zeros is
+        problem.student.kept[:] = torch.tensor([1.0, 0.0, 1.0])
+    kept = method.finish(average).kept
+    assert set(kept.unique().tolist()) <= {0.0, 1.0} and (kept[:, 1] == 0).all()
 
 
 @pytest.mark.parametrize(

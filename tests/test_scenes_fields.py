@@ -120,6 +120,7 @@ def test_a_hash_grid_without_collisions_is_a_dense_grid():
     assert bool(encoding.dense.all())
     torch.nn.init.normal_(encoding.values)
     x, _ = some(40)
+    x[0], x[1] = 1.0, torch.tensor([1.0, -1.0, 1.0])  # corners of the cube belong to its last cells
     found = encoding((x + 1) / 2)
     for level, cells in enumerate((3, 5)):
         side = cells + 1
@@ -154,7 +155,8 @@ def test_vm_is_a_sum_of_outer_products():
     tensor = torch.einsum("ryx,rz->xyz", planes[0], lines[0])  # a picture's rows run along the second axis of its plane
     tensor = tensor + torch.einsum("rzx,ry->xyz", planes[1], lines[1]) + torch.einsum("rzy,rx->xyz", planes[2], lines[2])
     assert torch.allclose(net.raw_geometry(x)[0], tensor.reshape(-1), atol=1e-4)
-    assert float(net.penalty()) == pytest.approx(float(net.density_planes.abs().mean() + net.density_lines.abs().mean()))
+    sizes = [float(values.detach().abs().mean()) for values in (net.density_planes, net.density_lines)]
+    assert float(net.penalty().detach()) == pytest.approx(sum(sizes))
 
 
 def test_voxels_are_interpolated_coefficients():
@@ -164,13 +166,15 @@ def test_voxels_are_interpolated_coefficients():
         net.harmonics.normal_()
     x, d = torch.tensor([[1.0, -1.0, 0.2], [-1.0, 1.0, 1.0]]), some(2)[1]
     found = net(x, d)
-    assert float(found.log_density[1]) == pytest.approx(float(net.density[0, 0, 5, 5, 0]), abs=1e-5)  # grid is stored z, y, x
+    assert float(found.log_density[1].detach()) == pytest.approx(
+        float(net.density.detach()[0, 0, 5, 5, 0]), abs=1e-5
+    )  # grid is stored z, y, x
     constant = 0.5 / math.sqrt(math.pi)
     assert torch.allclose(found.colour[1], torch.sigmoid(constant * net.harmonics[0, :, 5, 5, 0]), atol=1e-5)
     share = (0.2 + 1) / 2 * 5
     low = int(share)
     between = torch.lerp(net.density[0, 0, low, 0, 5], net.density[0, 0, low + 1, 0, 5], share - low)
-    assert float(found.log_density[0]) == pytest.approx(float(between), abs=1e-5)
+    assert float(found.log_density[0].detach()) == pytest.approx(float(between.detach()), abs=1e-5)
 
 
 def test_positional_encoding_of_the_mlp():
@@ -443,3 +447,18 @@ def test_values_at_places_learn_at_their_own_rate(views):
         tables = {id(p) for p in made.student.tables()}
         assert all(rate == pytest.approx(0.01 * (factor if p in tables else 1)) for p, rate in rates.items())
         assert all(group["eps"] == 1e-15 for group in optimizer.param_groups)
+
+
+def test_rivals_begin_where_the_student_began(views):
+    from limbeck.scenes import fields_job
+
+    made = problem(views, total=1, curve=0)
+    made.start = copy.deepcopy(made.student)
+    with torch.no_grad():
+        for parameter in made.student.parameters():
+            parameter += 0.3
+    made.training.lr = 1e-12
+    row = fields_job._rival(make("from-images", {}), "baseline", made, 0.0, Session())
+    assert row.figures["psnr"] == pytest.approx(made.quality(made.start)["psnr"], abs=1e-4)
+    assert row.figures["psnr"] != pytest.approx(made.quality(made.student)["psnr"], abs=1e-2)
+    assert row.steps == 1 and row.seconds is not None

@@ -356,6 +356,7 @@ def test_bad_folders_are_told_in_one_line(tmp_path):
     turned = [*poses[3].tolist(), [0, 0, 0, 1]]
     refused("last row", frame("transform_matrix", [*turned[:3], [0, 0, 1, 1]]))
     refused("no rotation", frame("transform_matrix", [[2 * x for x in row[:3]] + row[3:] for row in turned[:3]] + [turned[3]]))
+    refused("mirrors", frame("transform_matrix", [[-row[0], *row[1:]] for row in turned[:3]] + [turned[3]]))
     refused("no readable transform_matrix", frame("transform_matrix", "identity"))
     refused("not finite", frame("transform_matrix", [[float("nan")] * 4] * 4))
     away = torch.tensor(turned)

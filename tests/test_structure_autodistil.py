@@ -34,7 +34,11 @@ def bert(kind="classification", seed=0, **sizes):
     torch.manual_seed(seed)
     classes = 5 if kind == "classification" else None
     tokens = Tokens(60, 12, kind, 0, 1, 2, classes)
-    return zoo.build("bert", tokens=tokens, **{"layers": 3, "width": 32, "heads": 4, "inner": 64, **sizes}).eval()
+    made = zoo.build("bert", tokens=tokens, **{"layers": 3, "width": 32, "heads": 4, "inner": 64, **sizes}).eval()
+    for name, parameter in made.named_parameters():
+        if "attention.self" in name:
+            parameter.data *= 10  # fresh weights are so small that attention is flat, whatever its scale
+    return made
 
 
 def texts(rows=3, length=9, pad=True):

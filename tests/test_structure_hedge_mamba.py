@@ -170,7 +170,10 @@ def test_padding_changes_nothing():
     alone = model(input_ids=text).logits
     rest = torch.full((1, 9), 7)
     ones, zeros = torch.ones(1, 20, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long)
-    right = model(input_ids=torch.cat([text, rest], 1), attention_mask=torch.cat([ones, zeros], 1)).logits[:, :20]
+    out = model(input_ids=torch.cat([text, rest], 1), attention_mask=torch.cat([ones, zeros], 1), use_cache=True)
+    right, state = out.logits[:, :20], model(input_ids=text, use_cache=True).past_key_values
+    for padded, plain in zip(out.past_key_values.layers, state.layers, strict=True):
+        assert torch.allclose(padded.h, plain.h, atol=1e-4)
     mask = torch.cat([zeros, ones], 1)
     left = model(input_ids=torch.cat([rest, text], 1), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, 9:]
     assert torch.allclose(right, alone, atol=1e-4) and torch.allclose(left, alone, atol=1e-4)
@@ -304,7 +307,7 @@ def test_cosine_loss_by_hand_and_whom_it_reaches():
                     said.append((weights[:, None] * v[b, : t + 1, head // 2]).sum(0) / weights.sum())
                 own = mixer.o_proj(torch.cat(said))
                 total += float(1 - torch.cosine_similarity(own, layer.y[b, t], dim=0).detach())
-    assert float(terms["cosine"]) == pytest.approx(total / (2 * int(mask.sum())), abs=1e-4)
+    assert terms["cosine"].item() == pytest.approx(total / (2 * int(mask.sum())), rel=5e-3)
     terms["cosine"].backward()
     reached = {name for name, p in linear.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert reached == {name for name, _ in linear.named_parameters() if ".map_" in name} and len(reached) == 8
@@ -331,8 +334,8 @@ def test_the_whole_job(tmp_path):
     student, teacher = load_model(tmp_path / "run" / "student"), done.summary["cost"]["teacher"]
     assert isinstance(student, RecurrentDecoder) and student.mixer == "mamba"
     mixer = student.mixers[0]
-    assert float((mixer.conv.weight[:, 0, :-1]).abs().max()) > 0 and float(mixer.gate.weight.abs().max()) > 0
-    assert float(mixer.step.weight.abs().max()) > 0 and done.summary["cost"]["student"]["params"] > teacher["params"]
+    assert mixer.conv.weight[:, 0, :-1].any() and mixer.gate.weight.any()
+    assert mixer.step.weight.any() and done.summary["cost"]["student"]["params"] > teacher["params"]
 
 
 def test_embeddings_stay_and_kd_is_optional(tmp_path):

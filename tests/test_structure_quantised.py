@@ -552,6 +552,8 @@ def test_bits_from_the_budget(tiny, tmp_path):
     more = zoo.build("mlp", input_shape=(1, 8, 8), classes=10, widths=[24])
     q.quantise(more, q.Scheme.of_bits(bits.pop() + 1))
     assert 8 * stored_bytes(q.fold(more)) / cost["params"] > 6.5
+    run(tiny, tmp_path / "wide", student=student, method=method, structure={"budget": {"bits": 40}})
+    assert {layer.coded.scheme.bits for _, layer in q.coded_layers(zoo.load_model(tmp_path / "wide" / "student"))} == {8}
     with pytest.raises(UserError, match="cannot be met by weights of 1 bits"):
         run(tiny, tmp_path / "no", student=student, method=method, structure={"budget": {"bits": 0.5}})
 

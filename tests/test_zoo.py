@@ -43,7 +43,7 @@ def test_sizes_are_known(ref, shape, classes, args, count):
     assert parameters(build(ref, input_shape=shape, classes=classes, **args)) == count
 
 
-@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"efficientnet-lite0", "dual-head"} - GRAPHS - DENOISERS - SCENES))  # dual-head wraps one
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"efficientnet-lite0", "dual-head"} - GRAPHS - DENOISERS - SCENES))
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
 def test_every_network_has_the_same_anatomy(name, shape):
     model = build(f"zoo:{name}", input_shape=shape, classes=7, **({"depth": 8} if name == "resnet" else {}))
@@ -77,7 +77,8 @@ def test_save_and_load_give_the_same_bits(name, tmp_path):
 
 
 def test_listing_names_every_network():
-    assert [row["name"] for row in listing()] == [*NETWORKS, "llama", "gpt2", "t5", "bert"] and all(row["about"] for row in listing())
+    assert [row["name"] for row in listing()] == [*NETWORKS, "llama", "mixtral", "gpt2", "t5", "bert"]
+    assert all(row["about"] for row in listing())
     assert next(r for r in listing() if r["name"] == "cnn")["arguments"] == {"width": 8, "depth": 3}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,9 @@ from limbeck.signals import anatomy
 from limbeck.signals.language import settle
 from limbeck.tasks import Classification, Language, Task, Writing
 from limbeck.zoo.language import Tokens, check_fits
+
+NOISING = {"process", "prediction", "code", "label_dropout", "jitter", "latents", "teacher_steps"}
+"""Keys of the `generate` block that the task denoising reads."""
 
 
 def open_recipe_data(spec: schema.Data, given: Any = None, recipe: schema.Recipe | None = None, like: Data | None = None) -> Data:
@@ -111,7 +115,14 @@ def task_of(recipe: schema.Recipe, data: Data) -> Task:
         from limbeck.tasks.denoising import Denoising, noising_of
 
         generate = recipe.generate or schema.Generate()
-        return Denoising(tuple(data.classes), noising_of(generate, data), generate.teacher_steps[-1])
+        for name in set(schema.Generate.model_fields) - NOISING:
+            if getattr(generate, name) != getattr(schema.Generate(), name):
+                known = ", ".join(sorted(NOISING))
+                raise UserError(f"generate.{name} has no meaning for the task denoising", f"leave it out; it reads {known}")
+        noising = noising_of(generate, data)
+        for spec in (*recipe.teacher.models.values(), recipe.student):
+            _check_noising(spec.model, noising)
+        return Denoising(tuple(data.classes), noising, generate.teacher_steps[-1])
     if data.text is not None and data.kind in ("causal-lm", "seq2seq"):
         spec = recipe.text or schema.Text()
         if spec.write and not hasattr(data.test, "prompts"):
@@ -125,6 +136,27 @@ def task_of(recipe: schema.Recipe, data: Data) -> Task:
     if not data.classes:
         raise UserError(f"the data {data.name} has no labels, so its classes are unknown", "name the label column with data.label")
     return Classification(data.classes, kind=data.kind if recipe.task == "auto" else recipe.task, label_smoothing=recipe.label_smoothing)
+
+
+def _check_noising(reference: str, noising: Any) -> None:
+    """The folder of a generator says under which noise its network was trained; another one would make its predictions meaningless.
+
+    Raises:
+        UserError: the recipe's `generate` block says otherwise.
+    """
+    folder = Path(reference.removeprefix("folder:")).expanduser()
+    note = next((place / "generator.json" for place in (folder, folder / "generator") if (place / "generator.json").is_file()), None)
+    if note is None or not folder.is_dir():
+        return
+    try:
+        facts = json.loads(note.read_text(encoding="utf-8"))["denoiser"]
+        own = {"process": facts["process"], "prediction": facts["prediction"], "code": facts["code"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{note} is not the note of a generator: {error}", "restore or remake the folder") from None
+    asked = json.loads(json.dumps({"process": noising.process.facts(), "prediction": noising.prediction, "code": noising.code}))
+    for name, value in own.items():
+        if value != asked[name]:
+            raise UserError(f"{reference} was trained with {name} {value}, and the recipe says {asked[name]}", f"set generate.{name}")
 
 
 def tokens_of(data: Data) -> Tokens | None:

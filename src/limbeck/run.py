@@ -35,6 +35,9 @@ JOBS = {
 }
 """Where each wing's job is: a module with `run(recipe, session, given) -> Outcome`."""
 
+BLOCKS = {"condense": "condensation", "generate": "sampling", "scene": "scenes", "structure": "structure"}
+"""Blocks of a recipe that one wing reads; diffusion networks (`task: denoising`) read `generate` in knowledge and structure too."""
+
 NOT_BINDING = ("checkpoints", "trackers", "watch", "stop_on_alarm", "about", "name")
 """Blocks of a recipe that may differ when a run is resumed: they change no weight."""
 
@@ -235,6 +238,17 @@ def _leave_nothing(folder: Path, existed: bool) -> None:
         folder.rmdir()
 
 
+def _check_blocks(recipe: schema.Recipe, wing: str) -> None:
+    """Refuse blocks that the wing of the recipe's method does not read."""
+    for block, owner in BLOCKS.items():
+        denoises = block == "generate" and recipe.task == "denoising" and wing in ("knowledge", "structure")
+        if getattr(recipe, block) is not None and wing != owner and not denoises:
+            raise UserError(
+                f"{block} has no meaning for {recipe.method.id}, a method of the wing {wing}",
+                f"leave it out, or name a method that reads it: `limbeck methods --wing {owner}`",
+            )
+
+
 def _execute(
     recipe: schema.Recipe, folder: Path, given: Mapping[str, Any], callbacks: Sequence[Callback], command: str, report: bool, started: float
 ) -> Result:
@@ -244,6 +258,10 @@ def _execute(
     from limbeck.engine.session import Session, choose_device
     from limbeck.method import find
 
+    wing = given["method"].card.wing if "method" in given else find(recipe.method.id).card.wing
+    if wing == "knowledge" and any(stage.method is not None and find(stage.method.id).card.wing == "structure" for stage in recipe.stages):
+        wing = "structure"  # one of the stages makes its own student
+    _check_blocks(recipe, wing)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     log = JsonLines(folder / "log.jsonl")
@@ -261,9 +279,6 @@ def _execute(
         stop_on_alarm=recipe.stop_on_alarm,
         callbacks=everyone,
     )
-    wing = given["method"].card.wing if "method" in given else find(recipe.method.id).card.wing
-    if wing == "knowledge" and any(stage.method is not None and find(stage.method.id).card.wing == "structure" for stage in recipe.stages):
-        wing = "structure"  # one of the stages makes its own student
     if wing not in JOBS:
         raise UserError(f"the wing {wing} cannot be run yet", "`limbeck methods` lists what can")
     try:

@@ -268,6 +268,8 @@ def make_evidence(id: str, *, work: Path | None = None, say: Say = lambda line: 
         for side, arm in arms.items():
             found = finished(work / side / f"seed{seed}", changed(arm, {"seed": seed}))["metrics"]["student"]
             for name in names:
+                if name not in found and side == "baseline" and name != metric:
+                    continue  # a figure of the mechanism, which the baseline lacks
                 if name not in found:
                     raise UserError(f"case {id}: the run gives no figure {name!r}", f"it gives {', '.join(found)}")
                 values[side][name].append(found[name])
@@ -276,8 +278,8 @@ def make_evidence(id: str, *, work: Path | None = None, say: Say = lambda line: 
             f"{case['baseline']['name']} {values['baseline'][metric][-1]:.4f}"
         )
     mechanism = {
-        name: {side: sum(values[side][name]) / len(case["seeds"]) for side in arms}
-        | {"per_seed": {side: values[side][name] for side in arms}}
+        name: {side: sum(values[side][name]) / len(case["seeds"]) for side in arms if values[side][name]}
+        | {"per_seed": {side: values[side][name] for side in arms if values[side][name]}}
         for name in names[1:]
     }
     source = inspect.getsourcefile(find(id))

@@ -28,7 +28,7 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="A JSON object for programs.")] = False,
 ) -> None:
-    """Measure a saved student again: its metrics on the test split, and what it costs. Synthetic sets, generators and scenes are judged again.
+    """Measure a saved student again: its metrics on the test split, and what it costs. Sets, generators and scenes are judged again.
 
     The data are those of the run that made it, unless others are named. Where the run recorded its figures, they stand beside the
     new ones: on the same data and machine they must be equal.

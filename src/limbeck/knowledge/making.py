@@ -15,7 +15,7 @@ from limbeck.data.batch import Batch
 from limbeck.data.data import Data
 from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError
-from limbeck.evaluation.budget import Budget
+from limbeck.evaluation.budget import MEASURED, Budget
 from limbeck.knowledge.distiller import Distiller
 from limbeck.knowledge.program import KnowledgeProgram
 from limbeck.knowledge.teachers import FrozenTeacher, Teacher
@@ -78,14 +78,18 @@ class Making:
 
     @property
     def budget(self) -> Budget | None:
-        """The recipe's budget in absolute figures (shares are of the teacher's, or of the student as it came where there is no teacher)."""
+        """The recipe's budget in absolute figures (shares are of the one teacher's).
+
+        Raises:
+            UserError: shares, and there is no teacher or several.
+        """
         spec = self.recipe.structure.budget if self.recipe.structure is not None else {}
         if not spec:
             return None
-        shares = any(isinstance(value, str) for value in spec.values())
+        shares = any(isinstance(value, str) and value.strip().endswith("%") for value in spec.values())
         if shares and len(self.teachers) != 1:
             raise UserError("a budget in shares is of one teacher", "give structure.budget in numbers")
-        reference = self.cost(self.teacher) if len(self.teachers) == 1 else dict.fromkeys(("params", "flops", "bytes"), 1.0)
+        reference = self.cost(self.teacher) if len(self.teachers) == 1 else dict.fromkeys(MEASURED.values(), 1.0)
         return Budget.of(spec, reference)
 
     def decided(self, what: str, make: Callable[[], Any]) -> Any:

@@ -51,7 +51,7 @@ class Stage:
         name: of the stage; "student" where there is one only.
         method: as it was used.
         making: what it was given to make its student; None where it makes none.
-        made: the student as the method made it, before training; None likewise.
+        made: the student as the method made it, before training; None likewise, and where the recipe wants no baseline.
         student: as the stage left it.
         training: its `training` block.
         data: what it trained on.
@@ -104,7 +104,7 @@ class Distilled:
     @property
     def reshaped(self) -> bool:
         """Whether a method made another network of the student."""
-        return any(stage.made is not None for stage in self.stages)
+        return any(stage.making is not None for stage in self.stages)
 
 
 def distil(job: Job, start: nn.Module) -> Distilled:
@@ -136,7 +136,7 @@ def distil(job: Job, start: nn.Module) -> Distilled:
                 one.eval().requires_grad_(False)
             making = Making(networks, data, task, training, recipe, session, phase, method)
             network = reshaped(method, network, making)
-            made = copy.deepcopy(network)
+            made = copy.deepcopy(network) if recipe.baseline else None
         seed_everything(recipe.seed, f"{phase} set-up")
         teacher = models.make_teacher(source, method, _own_copies(source, method, networks), network, data, session, task)
         prepared = method.prepare(data, teacher, session, recipe.seed)
@@ -176,10 +176,11 @@ def beside(done: Distilled) -> dict[str, nn.Module]:
             assert stage.made is not None
             own = copy.copy(stage.making)
             own.phase = "baseline" if single else f"baseline-{stage.name}"
-            own.method = method = copy.deepcopy(stage.method)
+            shared = {id(network): network for network in own.teachers.values()}  # a method may hold a teacher, which is not copied
+            own.method = method = copy.deepcopy(stage.method, dict(shared))
             method.bind(stage.task)
             network = copy.deepcopy(stage.made) if same else reshaped(method, network, own)
-            found["made" if single else f"{stage.name} made"] = _finished(copy.deepcopy(method), copy.deepcopy(stage.made))
+            found["made" if single else f"{stage.name} made"] = _finished(copy.deepcopy(method, dict(shared)), copy.deepcopy(stage.made))
         phase = "baseline" if single else f"baseline-{stage.name}"
         student = alone(phase, network, stage.data.only_labelled(), stage.task, recipe, session, stage.steps, stage.training)
         if stage.making is not None:

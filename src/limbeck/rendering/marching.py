@@ -105,9 +105,7 @@ def render_views(field: Reads, cameras: Cameras, bound: float, points: int, back
     pictures, depths = [], []
     for number in range(len(cameras)):
         origins, directions = cameras.all_rays(number)
-        parts = [
-            render(field, o, d, bound, points, background) for o, d in zip(origins.split(chunk), directions.split(chunk), strict=True)
-        ]
+        parts = [render(field, o, d, bound, points, background) for o, d in zip(origins.split(chunk), directions.split(chunk), strict=True)]
         pictures.append(torch.cat([part.colour for part in parts]).view(cameras.height, cameras.width, 3).permute(2, 0, 1))
         depths.append(torch.cat([part.depth for part in parts]).view(cameras.height, cameras.width))
     return torch.stack(pictures).clamp(0, 1), torch.stack(depths)

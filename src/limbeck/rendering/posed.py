@@ -16,6 +16,9 @@ from limbeck.rendering.views import Views, ViewSet, check_seen, marked
 
 PARTS = {"train": "transforms_train.json", "valid": "transforms_val.json", "test": "transforms_test.json"}
 WHOLE = "transforms.json"
+PINHOLES = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "RADIAL", "SIMPLE_RADIAL")
+DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+LENS = ("camera_angle_x", "fl_x", "fl_y", "cx", "cy", "w", "h")
 EVERY = 8
 """Of a folder with one file, every so many views are for testing, as is usual for real scenes."""
 
@@ -27,9 +30,16 @@ def _file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not readable JSON: {error}", "write the cameras as NeRF's transforms.json") from None
     if not isinstance(found, dict) or not isinstance(found.get("frames"), list) or not found["frames"]:
         raise UserError(f"{path} names no frames", 'it needs "frames": [{"file_path": ..., "transform_matrix": ...}, ...]')
-    for key in ("k1", "k2", "k3", "k4", "p1", "p2"):
-        if found.get(key):
-            raise UserError(f"{path}: the lens has a distortion ({key}={found[key]})", "undistort the pictures first, and set it to 0")
+    lens = found.get("camera_model", "PINHOLE")
+    if lens not in PINHOLES:
+        raise UserError(f"{path}: camera_model is {lens!r}, no pinhole camera", "undistort the pictures first, and set it to PINHOLE")
+    for where, owner in [(str(path), found), *((f"{path}: frame {number}", frame) for number, frame in enumerate(found["frames"]))]:
+        for key in DISTORTION:
+            if isinstance(owner, dict) and owner.get(key):
+                raise UserError(f"{where}: the lens has a distortion ({key}={owner[key]})", "undistort the pictures first, and set it to 0")
+        for key in LENS if owner is not found else ():
+            if isinstance(owner, dict) and key in owner and owner[key] != found.get(key):
+                raise UserError(f"{where} has a lens of its own ({key}={owner[key]})", f"give all views one {key}, beside `frames`")
     return found
 
 
@@ -60,8 +70,10 @@ def _picture(frame: Any, folder: Path, where: str) -> Any:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise UserError(f"{where}: its picture {name} lies outside the folder", "put the pictures into the folder")
-    if not path.is_file() and path.with_name(path.name + ".png").is_file():
-        path = path.with_name(path.name + ".png")
+    if not path.is_file() and (folder / f"{name}.png").is_file():
+        path = (folder / f"{name}.png").resolve()
+        if not path.is_relative_to(folder.resolve()):  # a link
+            raise UserError(f"{where}: its picture {name}.png lies outside the folder", "put the pictures into the folder")
     if not path.is_file():
         raise UserError(f"{where}: there is no picture {name}", "check file_path; it is read relative to the folder")
     try:
@@ -83,6 +95,10 @@ def _number(found: dict[str, Any], key: str, path: Path) -> float | None:
 
 def _lens(found: dict[str, Any], width: int, height: int, path: Path) -> tuple[float, float, float, float]:
     """Focal lengths and principal point in pixels of pictures as they are stored."""
+    for key, own in (("w", width), ("h", height)):
+        told = _number(found, key, path)
+        if told is not None and round(told) != own:
+            raise UserError(f"{path}: {key} is {told:g}, and the pictures have {own}", "give the lens for pictures of the size they have")
     angle = _number(found, "camera_angle_x", path)
     focal = _number(found, "fl_x", path)
     if focal is None:

@@ -61,6 +61,4 @@ def cameras_for(count: int, size: int, seed: int, part: int) -> Cameras:
 
 def listing() -> list[dict[str, object]]:
     """One row for each embedded scene, for `limbeck data`."""
-    return [
-        {"name": f"scene:{name}", "source": (make.__doc__ or "").splitlines()[0], "available": True} for name, make in SCENES.items()
-    ]
+    return [{"name": f"scene:{name}", "source": (make.__doc__ or "").splitlines()[0], "available": True} for name, make in SCENES.items()]

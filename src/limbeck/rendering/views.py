@@ -168,7 +168,8 @@ def marked(views: ViewSet) -> ViewSet:
     content: list[Any] = [views.bound, views.around]
     for part in (views.train, views.test, views.valid):
         if part is not None:
-            tensors = {"poses": part.cameras.poses, "focal": part.cameras.focal, "colour": part.colour, "opacity": part.opacity}
+            lens = {"focal": part.cameras.focal, "centre": part.cameras.centre}
+            tensors = {"poses": part.cameras.poses, **lens, "colour": part.colour, "opacity": part.opacity}
             content.append(tensors_fingerprint(tensors))
     views.fingerprint = fingerprint(content)
     return views

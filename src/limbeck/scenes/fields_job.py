@@ -153,6 +153,9 @@ def open_problem(recipe: schema.Recipe, method: SceneMethod, session: Session, g
     held = held_out(views, recipe.evaluation.final)
     session.digest += views.fingerprint
     rivals = _rivals(spec)
+    if recipe.baseline and spec.rivals is not None and method.card.id in [rival.card.id for rival in rivals]:
+        told = "compare settings of one method with `limbeck compare`"
+        raise UserError(f"scene.rivals names {method.card.id}, the run's own method", told)
     teacher = _teacher(recipe, views, spec, session, given.get("teacher"))
     if teacher is None:
         for rival in rivals:

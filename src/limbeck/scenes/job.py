@@ -49,9 +49,13 @@ def check_recipe(recipe: schema.Recipe) -> schema.Scene:
         "ceiling": recipe.ceiling,
         "condense": recipe.condense is not None,
         "generate": recipe.generate is not None,
+        "structure": recipe.structure is not None,
         "text": recipe.text is not None,
         "data.augment": bool(recipe.data.augment),
         "teacher.kind": recipe.teacher.kind not in ("auto", "frozen"),
+        "teacher.weights": recipe.teacher.weights is not None,
+        "teacher.store": recipe.teacher.store is not None,
+        "teacher.endpoint": recipe.teacher.endpoint is not None,
     }
     for name, asked in ignored.items():
         if asked:

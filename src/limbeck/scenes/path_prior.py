@@ -117,6 +117,8 @@ def path_network(
         "limbeck": __version__,
         "device": session.device.type,
     }
+    if session.precision != "no":
+        content["precision"] = session.precision
 
     def train(work: Path, key: str) -> nn.Module:
         lessons = PathLessons(network, outlines(segments, characters=characters), training, kl)

@@ -30,6 +30,9 @@ from limbeck.vector.outlines import character_of, name_of
 
 PRIMARY = "coverage"
 
+FIELDS_ONLY = ("points", "background", "equal")
+"""Keys of the recipe's `scene` block that radiance fields alone read."""
+
 
 def labels_of(spec: schema.Scene, pictures: Pictures) -> Tensor | None:
     """`(V,)` the class that each variant is asked to be of.
@@ -82,6 +85,12 @@ def open_problem(recipe: schema.Recipe, method: SceneMethod, session: Session, g
         raise UserError(
             f"{method.card.id} optimises no pictures under a score model", "`limbeck methods --wing scenes` lists those that do"
         )
+    for name in FIELDS_ONLY:
+        if getattr(spec, name) != getattr(schema.Scene(), name):
+            raise UserError(f"scene.{name} has no meaning for pictures and drawings", "leave it out")
+    if recipe.student.train is not None:
+        raise UserError("student.train has no meaning for pictures and drawings", "leave it out: the student is what is optimised")
+    rivals_of(recipe, method)  # told before anything is trained
     data = models.open_recipe_data(recipe.data, given.get("data"))
     session.digest += data.fingerprint
     pictures = Pictures(data, spec.jitter, session.device)
@@ -133,6 +142,9 @@ def rivals_of(recipe: schema.Recipe, method: ScoreDistillation) -> list[schema.M
     if not recipe.baseline:
         return []
     if spec.rivals is not None:
+        ids = [rival.id for rival in spec.rivals]
+        if len({*ids, method.card.id}) <= len(ids):
+            raise UserError("scene.rivals names a method twice, or the run's own", "compare settings of one method with `limbeck compare`")
         return list(spec.rivals)
     usual = method.card.baseline
     return [schema.Method(id=usual)] if usual in registered() else []
@@ -194,5 +206,5 @@ def measure_again(recipe: schema.Recipe, network: nn.Module, session: Session) -
     data = models.open_recipe_data(recipe.data)
     pictures = Pictures(data, spec.jitter, session.device)
     labels = labels_of(spec.model_copy(update={"variants": int(network.variants)}), pictures)
-    judge = make_judge(recipe, pictures, None if labels is None else labels.to(session.device), session)
+    judge = make_judge(recipe, pictures, labels, session)
     return judge.measure(network, "student", "saved").figures

@@ -54,12 +54,13 @@ class PictureJudge:
         held = data.valid if final == "valid" else data.test
         if held is None:
             raise UserError(f"evaluation.final is {final}, and {data.name} has no such split", "set data.valid, or evaluation.final=test")
-        self.pictures, self.features, self.labels, self.samples, self.seed = pictures, features, labels, samples, seed
+        self.pictures, self.features, self.samples, self.seed = pictures, features, samples, seed
+        self.labels = labels = None if labels is None else labels.cpu()
         parts = list(pictures.whole(held, MOST))
         real = torch.cat([x.cpu() for x, _ in parts])
         if labels is not None and bool((labels < pictures.classes).all()):
             of = torch.cat([y for _, y in parts]).cpu()
-            own = torch.isin(of, labels.cpu().unique())
+            own = torch.isin(of, labels.unique())
             real, self.real_labels = real[own], of[own]
         else:
             self.real_labels = None
@@ -97,7 +98,7 @@ class PictureJudge:
             x = student.render(pick, torch.randn(len(pick), student.latent, generator=rng).to(device))
         else:
             x = student.render(pick)
-        return x.cpu(), None if self.labels is None else self.labels[pick].cpu()
+        return x.cpu(), None if self.labels is None else self.labels[pick.cpu()]
 
     def measure(self, student: nn.Module, key: str, name: str) -> Measured:
         """Everything about a student."""

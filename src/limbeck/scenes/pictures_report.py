@@ -28,6 +28,8 @@ MEANING = (
     "Crossing: share of paths that cross themselves; turning: radians beyond one full turn, for each path."
 )
 
+LARGEST = 512
+
 COLUMNS = {
     "class": ("class_accuracy", lambda v: percent(v, 1)),
     "density": ("density", lambda v: f"{v:.2f}"),
@@ -77,6 +79,11 @@ def grid_of(pictures: Tensor, columns: int = 10, most: int = 40) -> bytes:
     return png(page, enlargement(width, 32))
 
 
+def large_side(drawing: Drawing) -> int:
+    """Pixels of a side of the large picture: sixteen times the data's, at most `LARGEST`, for the rasteriser's memory grows with them."""
+    return max(drawing.input_shape[1], min(16 * drawing.input_shape[1], LARGEST))
+
+
 @torch.no_grad()
 def svg_of(drawing: Drawing, variant: int, asked: Sequence[str]) -> str:
     """One drawing as an SVG document, titled with the class that was asked for."""
@@ -98,7 +105,7 @@ def write_files(student: nn.Module, asked: Sequence[str], folder: Path) -> None:
     if isinstance(student, Drawing) and student.input_shape[0] in (1, 3):
         for variant in range(student.variants):
             storage.write_text(folder / ("drawing.svg" if variant == 0 else f"drawing-{variant}.svg"), svg_of(student, variant, asked))
-        large = student.render(pick[:1], 16 * student.input_shape[1]).cpu()
+        large = student.render(pick[:1], large_side(student)).cpu()
         (folder / "drawing.png").write_bytes(png((large[0] + 1) / 2))
 
 
@@ -112,13 +119,14 @@ def _pictures(rows: Sequence[Measured]) -> Section:
     return part
 
 
+@torch.no_grad()
 def _drawing(student: nn.Module, asked: Sequence[str]) -> Section:
     part = Section("drawing", "Drawing")
     if not isinstance(student, Drawing) or student.input_shape[0] not in (1, 3):
         return part
     text = svg_of(student, 0, asked)
     part.picture(f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}", "drawing.svg, as a browser draws it", "No SVG.")
-    large = student.render(torch.zeros(1, dtype=torch.long, device=student.colour.device), 16 * student.input_shape[1])
+    large = student.render(torch.zeros(1, dtype=torch.long, device=student.colour.device), large_side(student))
     part.picture(data_url(png((large[0].detach().cpu() + 1) / 2)), "the same by the soft rasteriser", "No picture.")
     return part
 

@@ -121,6 +121,7 @@ def open_prior(recipe: schema.Recipe, spec: schema.Scene, pictures: Pictures, se
     """
     if given is not None:
         made = given if isinstance(given, Denoiser) else _wrap(given, spec, "teacher")
+        made = made.guided(1.0) if made.guidance.acts else made  # methods guide it themselves
     elif not recipe.teacher.models:
         return None
     elif len(recipe.teacher.models) > 1:

@@ -44,7 +44,8 @@ class SceneProgram(PlainProgram):
             self.average = AveragedModel(problem.student, multi_avg_fn=get_ema_multi_avg_fn(problem.training.ema), use_buffers=True)
         self._looks = {round(problem.total * (number + 1) / curve) for number in range(curve)}
         self.trace: list[dict[str, float]] = []
-        self._before, self._since = 0.0, time.perf_counter()
+        self._before = 0.0
+        self._since: float | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         """Student, the method's parts, and the moving average."""
@@ -71,7 +72,11 @@ class SceneProgram(PlainProgram):
     @property
     def seconds(self) -> float:
         """Seconds of optimising so far, over all sittings, looks not counted."""
-        return self._before + time.perf_counter() - self._since
+        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def stop(self) -> None:
+        """The clock of the curve stops: what comes after the last step is no optimising."""
+        self._before, self._since = self.seconds, None
 
     def after_step(self, clock: Clock) -> None:
         self.method.after_step(clock)
@@ -119,4 +124,5 @@ def optimise(method: SceneMethod, problem: Problem, session: Session, phase: str
     seed_everything(problem.seed, f"{method.card.id} set-up")
     program = SceneProgram(method, problem, curve)
     session.fit(program, phase, seed=problem.seed, evaluate=False, **where)
+    program.stop()
     return program

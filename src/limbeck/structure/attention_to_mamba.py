@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -81,11 +81,12 @@ class FeatureMaps(Distiller):
     teacher_wants: ClassVar[tuple[str, ...]] = ()
     teacher_kind: ClassVar[str] = "none"
 
-    reference: ClassVar[nn.Module]
-    read: ClassVar[Callable[[Batch], Signals]]
+    reference: nn.Module | None = field(default=None, init=False, repr=False)
+    read: Callable[[Batch], Signals] | None = field(default=None, init=False, repr=False)
 
     def step(self, batch: Batch, models: Models, clock: Clock) -> dict[str, Tensor]:
-        """`cosine`."""
+        """`cosine`; `reference` is the softmax model, and `read` reads a batch through it."""
+        assert self.reference is not None and self.read is not None
         with heard(self.reference) as layers, torch.no_grad():
             self.read(batch)
         student = models.module
@@ -178,6 +179,6 @@ def train_maps(linear: RecurrentDecoder, reference: nn.Module, making: Making, s
     batches = Batches(making.data.train, min(making.training.batch, len(making.data.train)))
     steps = max(1, round(split / (1 - split) * steps_of(making.training, batches.steps_per_epoch)))
     method = FeatureMaps()
-    method.reference = reference  # type: ignore[misc]
-    method.read = making.task.reader(reference, ("law",), grad=False)  # type: ignore[misc]
+    method.reference = reference
+    method.read = making.task.reader(reference, ("law",), grad=False)
     return making.fit(method, linear, "maps", training=making.training.model_copy(update={"lr": lr}), total=steps)  # type: ignore[return-value]

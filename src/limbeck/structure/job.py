@@ -33,6 +33,7 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         session.notes += [
             f"the student uses {100 * share:.0f} % of its {name} budget" for name, share in used.items() if share > 1 + report.SLACK
         ]
+    summary["methods"] = [(stage.method or recipe.method).id for stage in recipe.stages] or [summary["method"]]
     stages = [stage.name or f"stage-{number}" for number, stage in enumerate(recipe.stages, 1)]
     rows = report.rows(summary, stages)
     summary["table"] = report.table(summary, rows)

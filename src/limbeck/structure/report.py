@@ -71,7 +71,8 @@ def headline(summary: Mapping[str, Any], found: Sequence[Row]) -> str:
     """What came out, in a sentence or two."""
     metric, by_key = summary["primary"], {row.key: row for row in found}
     own = by_key["student"]
-    text = f"Made with {summary['method']}, the student reaches {figure(metric, own.metrics[metric])} {metric.replace('_', ' ')}"
+    made = ", then ".join(summary.get("methods") or [summary["method"]])
+    text = f"Made with {made}, the student reaches {figure(metric, own.metrics[metric])} {metric.replace('_', ' ')}"
     if "baseline" in by_key:
         alone = by_key["baseline"].metrics[metric]
         better = (own.metrics[metric] > alone) == higher_is_better(metric)

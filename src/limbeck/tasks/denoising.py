@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -98,12 +98,11 @@ class Denoising(Task):
                 metrics["sliced_distance"] = self._distance(networks[0], split, device)
         return Measured(metrics)
 
-    def noised(self, split: Split, device: torch.device) -> list[Batch]:
+    def noised(self, split: Split, device: torch.device) -> Iterator[Batch]:
         """A split with times and noise that depend on nothing but the split's size: `PASSES` batches for each chunk of samples."""
         from limbeck.data.batches import Batches
 
         quiet = replace(self.noising, jitter=0.0, dropout=0.0)
-        found = []
         for number, part in enumerate(Batches(split, min(CHUNK, len(split)), shuffle=False).epoch(0)):
             x0, labels = quiet.pictures(part)
             for one in range(PASSES):
@@ -113,8 +112,7 @@ class Denoising(Task):
                 extra = {"noised_t": self.noising.process.at(place), "noised_noise": noise, "noised_x0": x0.cpu()}
                 if labels is not None:
                     extra["noised_label"] = labels.cpu()
-                found.append(Batch(part.inputs, part.labels, part.index, extra).to(device))
-        return found
+                yield Batch(part.inputs, part.labels, part.index, extra).to(device)
 
     def _distance(self, network: nn.Module, split: Split, device: torch.device) -> float:
         """Sliced Wasserstein distance of drawn samples to as many real pictures, of the same classes and from the same noise for all."""

@@ -199,8 +199,6 @@ class RecurrentDecoder(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(start, start + length, device=ids.device).unsqueeze(0)
         keep = None if attention_mask is None else attention_mask[:, -length:].bool()
-        if keep is not None and bool(keep.all()):
-            keep = None
         with self.reading(keep, state):
             output = self.base(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logits_to_keep, **options)
         if state is not None:

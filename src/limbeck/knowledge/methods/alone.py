@@ -41,7 +41,7 @@ class Alone(Distiller):
     label_smoothing: float = setting(0.0, "share of the target spread over all classes (arXiv:1512.00567 uses 0.1)", at_least=0, at_most=1)
 
     def loss(self, batch: Batch, student: Signals, teacher: Signals, clock: Clock) -> dict[str, Tensor]:
-        """`ce`; of denoising networks `denoising`, their squared error; of embeddings `contrastive`, the InfoNCE loss of a batch's pairs."""
+        """`ce`; of denoising networks `denoising`, their squared error; of embeddings `contrastive`, InfoNCE over the pairs of a batch."""
         if self.task.family == "embedding":
             return {"contrastive": self.task.pair_loss(student)}
         if self.task.family == "denoising":
