@@ -84,6 +84,19 @@ def test_the_clock_of_a_scene_stops_with_its_last_step():
     assert program.seconds == first and 0 < first < 0.3
 
 
+def test_what_a_method_remembers_comes_back_on_its_device():
+    """Checkpoints are read on the processor; pools and targets of a run on another device must go back there."""
+    from limbeck.scenes.program import SceneProgram
+
+    program = SceneProgram.__new__(SceneProgram)
+    program.method, program.problem = SimpleNamespace(state={}), SimpleNamespace(device=torch.device("meta"))
+    state = {"pool": torch.ones(2), "list": [torch.ones(1), 3], "deep": {"target": torch.ones(1)}, "cursor": 5}
+    program.restore({"state": state, "trace": [], "seconds": 1.5})
+    found = program.method.state
+    assert {found["pool"].device.type, found["list"][0].device.type, found["deep"]["target"].device.type} == {"meta"}
+    assert found["cursor"] == 5 and found["list"][1] == 3 and program._before == 1.5
+
+
 def test_views_with_other_principal_points_are_other_views():
     """A field that is kept must not be found again for another lens."""
 

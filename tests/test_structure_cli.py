@@ -104,6 +104,14 @@ def test_a_method_that_cannot_says_why(here, capsys, method, changes, part):
     assert part in err, err
 
 
+def test_a_student_that_nobody_named_is_refused(here, capsys):
+    raw = recipe(stages=[], method={"id": "quantised", "bits": 4})
+    del raw["structure"]
+    Path("none.yaml").write_text(yaml.safe_dump(raw))
+    _, err = say(capsys, "run", "none.yaml", "--out", "bad", code=2)
+    assert "student=teacher" in err
+
+
 def test_a_list_of_what_there_is(here, capsys):
     out, _ = say(capsys, "methods", "--wing", "structure", "--json")
     for id in ("gcp-sad", "quantized-distillation", "diswot", "ppcl", "slimmoe", "autodistil", "hedge-mamba", "topkld"):

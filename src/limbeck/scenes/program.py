@@ -99,7 +99,8 @@ class SceneProgram(PlainProgram):
         return {"state": self.method.state, "trace": self.trace, "seconds": self.seconds}
 
     def restore(self, memory: dict[str, Any]) -> None:
-        self.method.state, self.trace, self._before = memory["state"], list(memory["trace"]), memory["seconds"]
+        self.method.state = _placed(memory["state"], self.problem.device)  # checkpoints are read on the processor
+        self.trace, self._before = list(memory["trace"]), memory["seconds"]
 
     def vitals(self) -> list[str]:
         return self.method.alarms()
@@ -107,6 +108,15 @@ class SceneProgram(PlainProgram):
     def student(self) -> nn.Module:
         """The student as it is measured and kept: the moving average where there is one."""
         return (self.problem.student if self.average is None else self.average.module).eval()
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """The same plain data with all tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _placed(item, device) for name, item in value.items()}
+    return [_placed(item, device) for item in value] if isinstance(value, list) else value
 
 
 def optimise(method: SceneMethod, problem: Problem, session: Session, phase: str = PHASE, curve: int = 0, **where: Any) -> SceneProgram:

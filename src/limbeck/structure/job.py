@@ -8,6 +8,7 @@ from typing import Any
 
 from limbeck import schema
 from limbeck.engine.session import Session
+from limbeck.errors import UserError
 from limbeck.evaluation.budget import Budget
 from limbeck.knowledge import job
 from limbeck.outcome import Outcome
@@ -22,6 +23,11 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         session: device, folder, callbacks.
         given: Python objects that stand in for the recipe's references: "teacher", "student", "data", "method".
     """
+    if "student" not in recipe.model_fields_set and "student" not in given and recipe.structure is None:
+        raise UserError(
+            f"{recipe.method.id} makes its student of another network, and the recipe names none",
+            "set student=teacher, or add a `structure` block, which means the same",
+        )
     outcome = job.run(recipe, session, given)
     summary = outcome.summary
     summary["wing"] = "structure"

@@ -51,7 +51,13 @@ class Quantiser(Shaper):
             raise UserError("the student carries adapters of peft, whose matrices would be quantised apart", "merge the adapter first")
         student = quantised.unfold(student)
         scheme = self.scheme(self.bits or making.decided("bits", lambda: self._affordable(student, making)))
-        notes = quantised.quantise(student, scheme, ends=self.ends, layers=self.layers, levels=self.levels_of(student, scheme, making))
+        levels = self.levels_of(student, scheme, making)
+        notes = quantised.quantise(student, scheme, ends=self.ends, layers=self.layers, levels=levels)
+        budget = making.budget
+        if levels is not None and budget is not None and not self.bits:  # the number of bits was chosen before the levels were shared out
+            price = making.cost(quantised.fold(copy.deepcopy(student)))
+            if not budget.met(price):
+                raise budget.refuse(price, "levels shared out by gradients, which may take more bits")
         making.session.notes += [note for note in notes if note not in making.session.notes]
         return student
 
