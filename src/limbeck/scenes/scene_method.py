@@ -20,8 +20,7 @@ A module of a kind offers three functions:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -149,16 +148,3 @@ class SceneMethod(Method):
     def figures(self, student: nn.Module) -> dict[str, float]:
         """Further figures of the finished student for the summary (what a mechanism claims)."""
         return {}
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Forward passes inside give gradients to inputs, not to these modules' own weights."""
-    asking = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
