@@ -7,8 +7,6 @@ recipe -> folder (locked) -> wing's job (models, phases through the engine's loo
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -452,18 +450,3 @@ def load_student(folder: str | Path, **options: Any) -> nn.Module:
 
     folder = Path(folder)
     return load_model(folder / "student" if (folder / "student").is_dir() else folder, **options).eval()
-
-
-def summary_of(folder: str | Path) -> dict[str, Any]:
-    """The summary of a finished run.
-
-    Raises:
-        UserError: the run is not finished, or its summary cannot be read.
-    """
-    path = Path(folder) / "summary.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no finished run", f"there is no {os.fspath(path)}; `limbeck run ... --resume` finishes a run")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} cannot be read", "run again with --resume to write it anew") from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck import recipe as schema
 from limbeck.errors import UserError
+from limbeck.recorded import recipe_of, run_of, summary_if_finished
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,7 +54,6 @@ def open_saved(path: str | Path, model: str | None = None) -> Saved:
         UserError: there is no student in it, the run is not finished, or the network cannot be made.
     """
     from limbeck import zoo
-    from limbeck.run import summary_of
 
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -73,7 +73,7 @@ def open_saved(path: str | Path, model: str | None = None) -> Saved:
         raise UserError(
             f"{path} holds a scene, which is no classifier", "open it with limbeck.load_scene(folder); `limbeck evaluate` measures it again"
         )
-    run = path if (path / "recipe.yaml").is_file() else path.parent if (path.parent / "recipe.yaml").is_file() else None
+    run = run_of(path)
     folder = path / "student" if run == path else path
     if run == path and not folder.is_dir():
         raise UserError(
@@ -81,9 +81,7 @@ def open_saved(path: str | Path, model: str | None = None) -> Saved:
         )
     recipe = summary = None
     if run is not None:
-        text = (run / "recipe.yaml").read_text(encoding="utf-8")
-        recipe = schema.resolve(schema.parse_yaml(text, str(run / "recipe.yaml")), str(run / "recipe.yaml"))
-        summary = summary_of(run) if (run / "summary.json").is_file() else None
+        recipe, summary = recipe_of(run), summary_if_finished(run)
     note = zoo.read_note(folder)
     made: Any = None
     if model is not None:

@@ -146,7 +146,8 @@ def _merge(raw: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 
 def finished(folder: Path, recipe: schema.Recipe, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The summary of a run in `folder`: read when it is finished, resumed when it is not, started when there is none."""
-    from limbeck.run import binding, execute, summary_of
+    from limbeck.recorded import summary_of
+    from limbeck.run import binding, execute
 
     resume = (folder / "recipe.yaml").is_file()
     if resume and (folder / "summary.json").is_file():

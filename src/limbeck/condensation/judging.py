@@ -14,6 +14,7 @@ from limbeck.condensation.job import open_problem
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.engine.session import Session, choose_device
 from limbeck.errors import UserError
+from limbeck.recorded import recipe_of, run_of
 
 
 def is_set(path: str | Path) -> bool:
@@ -58,11 +59,10 @@ def judge(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
 
     path = Path(path).expanduser()
     made = load_dataset(path)
-    run = next((folder for folder in (path, path.parent) if (folder / "recipe.yaml").is_file()), None)
+    run = run_of(path)
     if run is None:
         raise UserError(f"{path} lies outside its run, so its protocol is unknown", "name the folder of the run that made it")
-    text = (run / "recipe.yaml").read_text(encoding="utf-8")
-    recipe = schema.resolve(schema.parse_yaml(text, str(run / "recipe.yaml")), str(run / "recipe.yaml"), list(changes))
+    recipe = recipe_of(run, changes)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     session = Session(device=choose_device(recipe.device))

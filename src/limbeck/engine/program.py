@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from limbeck.engine.clock import Clock
 
@@ -67,6 +68,22 @@ class Program(Protocol):
     def vitals(self) -> list[str]:
         """Alarms about the last batch, each one line (constant output, collapsed entropy); mostly empty."""
         ...
+
+
+def moving_average(network: nn.Module, training: Any) -> AveragedModel | None:
+    """The moving average of a network's weights and buffers that a `training` block asks for (`ema`); None where it asks for none."""
+    if training.ema is None:
+        return None
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
+
+
+def placed(value: Any, device: torch.device) -> Any:
+    """The same plain data with all tensors on a device: checkpoints are read on the processor."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: placed(item, device) for name, item in value.items()}
+    return [placed(item, device) for item in value] if isinstance(value, list) else value
 
 
 @dataclass

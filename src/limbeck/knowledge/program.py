@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from limbeck.data.augment import Augment
 from limbeck.data.batch import Batch
 from limbeck.data.batches import Batches
 from limbeck.data.data import Data
 from limbeck.engine.clock import Clock
+from limbeck.engine.program import moving_average
 from limbeck.errors import UserError
 from limbeck.knowledge.distiller import Distiller, Models, Pair
 from limbeck.knowledge.teachers import OnlineTeacher, StoredTeacher, Teacher
@@ -120,9 +120,7 @@ class KnowledgeProgram:
         method.parts.to(self.device)
         self.models = Models(self._read, teacher, self.student)
         self._optimizers = method.optimizers(self.pair)
-        self.average: AveragedModel | None = None
-        if training.ema is not None:
-            self.average = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
+        self.average = moving_average(self.student, training)
         self.evaluate_on, self.evaluate_batch = evaluate_on, evaluate_batch
         self.primary = (task.primary, task.higher_is_better)
         self._adds_teacher_loss = isinstance(teacher, OnlineTeacher) and method.teacher_kind != "online"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import models
-from limbeck import recipe as schema
 from limbeck.engine.session import Session, choose_device
 from limbeck.errors import UserError
+from limbeck.recorded import recipe_again, recorded_figures
 from limbeck.sampling.features import Features, feature_network
 from limbeck.sampling.generator import load_generator
 from limbeck.sampling.job import PRIMARY, check_recipe
@@ -34,22 +34,9 @@ def measure_again(path: str | Path, changes: Sequence[str] = (), inception: str 
     """
     import torch
 
-    from limbeck.run import summary_of
-
     path = Path(path).expanduser()
     generator = load_generator(path)
-    run = path if (path / "recipe.yaml").is_file() else path.parent
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(
-            f"{path} lies in no run's folder, so the data to measure it with is unknown", "give the folder that `limbeck run` wrote"
-        )
-    for change in changes:
-        if not change.startswith(("generate.", "data", "evaluation", "device", "threads", "seed")):
-            raise UserError(f"--set {change} changes nothing here", "only generate, data, evaluation, seed, device and threads can be set")
-    text = (run / "recipe.yaml").read_text(encoding="utf-8")
-    recipe = schema.resolve(schema.parse_yaml(text, str(run / "recipe.yaml")), str(run / "recipe.yaml"), list(changes))
-    if recipe.data.source.startswith("object:"):
-        raise UserError("the run's data was a Python object, which no file keeps", "name other data: --set data.source=...")
+    run, recipe = recipe_again(path, changes, "generate")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     spec = check_recipe(recipe)
@@ -68,7 +55,7 @@ def measure_again(path: str | Path, changes: Sequence[str] = (), inception: str 
         recipe.evaluation.final,
     )
     rows = [judge.measure(generator, steps, "student", "student") for steps in spec.steps]
-    recorded = summary_of(run)["metrics"]["student"] if (run / "summary.json").is_file() else {}
+    recorded = recorded_figures(run)
     more: dict[str, Any] = {}
     if inception is not None:
         from limbeck.sampling.inception import inception_fid

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from limbeck.data.batch import Batch
 from limbeck.diffusion import Denoiser
 from limbeck.engine import checkpoint
 from limbeck.engine.clock import Clock
-from limbeck.engine.program import PlainProgram, Tick
+from limbeck.engine.program import PlainProgram, Tick, moving_average, placed
 from limbeck.sampling.few_step import FewStep, Pair
 
 COLLAPSED = 0.1
@@ -36,9 +35,7 @@ class SamplingProgram(PlainProgram):
         self._batches = None if not method.needs_pictures() else pair.pictures.batches(pair.training.batch, pair.seed)
         self.steps_per_epoch = pair.total if self._batches is None else self._batches.steps_per_epoch
         self._optimizers = method.optimizers(pair)
-        self.average: AveragedModel | None = None
-        if pair.training.ema is not None:
-            self.average = AveragedModel(pair.student.network, multi_avg_fn=get_ema_multi_avg_fn(pair.training.ema), use_buffers=True)
+        self.average = moving_average(pair.student.network, pair.training)
         self._spread: float | None = None
         if pair.spec.compile:
             pair.student.network.compile()  # in place: the same module with the same names, only its call is another
@@ -71,7 +68,7 @@ class SamplingProgram(PlainProgram):
         return {"state": self.method.state}
 
     def restore(self, memory: dict[str, Any]) -> None:
-        self.method.state = memory["state"]
+        self.method.state = placed(memory["state"], self.pair.device)
 
     def vitals(self) -> list[str]:
         """The method's alarms, and a generator whose pictures have become alike."""

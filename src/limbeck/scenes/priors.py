@@ -15,7 +15,7 @@ from limbeck.data.batch import Batch
 from limbeck.data.pictures import Pictures
 from limbeck.diffusion import Denoiser, Mixture, exact_denoiser, make_process
 from limbeck.engine.clock import Clock
-from limbeck.engine.program import PlainProgram
+from limbeck.engine.program import PlainProgram, moving_average
 from limbeck.engine.schedule import make_optimizer
 from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError
@@ -39,11 +39,7 @@ class DenoisingLessons(PlainProgram):
         self._batches = pictures.batches(training.batch, seed)
         self.steps_per_epoch = self._batches.steps_per_epoch
         self.total = training.steps or max(1, round(training.epochs * self.steps_per_epoch))
-        self.average = None
-        if training.ema is not None:
-            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-            self.average = AveragedModel(made.network, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
+        self.average = moving_average(made.network, training)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"network": self.made.network} | ({} if self.average is None else {"average": self.average})

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from limbeck.engine import checkpoint
 from limbeck.engine.clock import Clock
-from limbeck.engine.program import PlainProgram, Tick
+from limbeck.engine.program import PlainProgram, Tick, moving_average, placed
 from limbeck.engine.session import Session, seed_everything
 from limbeck.scenes.scene_method import Problem, SceneMethod
 
@@ -39,9 +38,7 @@ class SceneProgram(PlainProgram):
         method.parts.to(problem.device)
         self.steps_per_epoch = problem.total
         self._optimizers = method.optimizers(problem)
-        self.average: AveragedModel | None = None
-        if problem.training.ema is not None:
-            self.average = AveragedModel(problem.student, multi_avg_fn=get_ema_multi_avg_fn(problem.training.ema), use_buffers=True)
+        self.average = moving_average(problem.student, problem.training)
         self._looks = {round(problem.total * (number + 1) / curve) for number in range(curve)}
         self.trace: list[dict[str, float]] = []
         self._before = 0.0
@@ -99,7 +96,7 @@ class SceneProgram(PlainProgram):
         return {"state": self.method.state, "trace": self.trace, "seconds": self.seconds}
 
     def restore(self, memory: dict[str, Any]) -> None:
-        self.method.state = _placed(memory["state"], self.problem.device)  # checkpoints are read on the processor
+        self.method.state = placed(memory["state"], self.problem.device)
         self.trace, self._before = list(memory["trace"]), memory["seconds"]
 
     def vitals(self) -> list[str]:
@@ -108,15 +105,6 @@ class SceneProgram(PlainProgram):
     def student(self) -> nn.Module:
         """The student as it is measured and kept: the moving average where there is one."""
         return (self.problem.student if self.average is None else self.average.module).eval()
-
-
-def _placed(value: Any, device: torch.device) -> Any:
-    """The same plain data with all tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _placed(item, device) for name, item in value.items()}
-    return [_placed(item, device) for item in value] if isinstance(value, list) else value
 
 
 def optimise(method: SceneMethod, problem: Problem, session: Session, phase: str = PHASE, curve: int = 0, **where: Any) -> SceneProgram:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.data.batch import Batch
+from limbeck.data.pictures import Pictures
 from limbeck.diffusion import make_process, sample
 from limbeck.errors import UserError
 from limbeck.signals.denoising import DenoisingReader, Noising, Prediction
@@ -165,20 +166,12 @@ def noising_of(spec: Any, data: Any) -> Noising:
     """
     if len(data.input_shape) != 3:
         raise UserError(f"denoising is of pictures (C, H, W), and the samples of {data.name} have shape {tuple(data.input_shape)}", "")
-    places = torch.linspace(0, len(data.train) - 1, min(4096, len(data.train))).long()
-    some = data.train.batch(places).inputs
-    low, high = float(some.min()), float(some.max())
-    if not spec.latents and (low < -1.001 or high > 1.001):
-        raise UserError(
-            f"the pixels of {data.name} lie in [{low:.3g}, {high:.3g}], outside [-1, 1]",
-            "diffusion networks work on pictures in [0, 1] or [-1, 1]; set generate.latents for latents",
-        )
     return Noising(
         make_process("flow" if spec.process == "auto" else spec.process),
         spec.prediction,
         spec.code,
         len(data.classes),
-        low >= 0 and not spec.latents,
+        Pictures(data, latents=spec.latents).doubled,
         spec.jitter,
         spec.label_dropout,
     )

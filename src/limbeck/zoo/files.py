@@ -171,10 +171,8 @@ def load_model(folder: str | Path, *, model: nn.Module | None = None, trust_pyth
             return _into(model, build_hub(str(folder.resolve())), folder)
     if model is None:
         model = _rebuild(note, folder, trust_python)
-    elif note.get("ref") == CODED:
-        model = _coded_like(note, model)
-    elif note.get("ref") == CUT:
-        model = _cut_like(note, model)
+    elif note.get("ref") in (CODED, CUT):
+        model = _shaped_like(note, model)
     tensors = load_tensors(folder / WEIGHTS, note.get("files", {}).get(WEIGHTS))
     tied = note.get("tied", {})
     tensors |= {name: tensors[kept] for name, kept in tied.items() if kept in tensors}
@@ -221,25 +219,14 @@ def _into(model: nn.Module | None, loaded: nn.Module, folder: Path) -> nn.Module
     return model
 
 
-def _cut_like(note: dict[str, Any], model: nn.Module) -> nn.Module:
-    """The network before the cut, or the cut one, with the shapes of the cut one."""
-    args = note.get("args", {})
+def _shaped_like(note: dict[str, Any], model: nn.Module) -> nn.Module:
+    """The network before it was cut or before its weights became codes (or the one after), with the shapes of the one after."""
+    ref, args = note["ref"], note.get("args", {})
     of = args.get("of")
     if isinstance(of, dict) and of.get("ref") == CUT:
-        model = _cut_like(of, model)
-    model = resize(model, args.get("shapes", {}))
-    model.limbeck_config = {"ref": CUT, "args": args}  # type: ignore[assignment]
-    return model
-
-
-def _coded_like(note: dict[str, Any], model: nn.Module) -> nn.Module:
-    """The network before its weights became codes, or the coded one, with blank codes."""
-    args = note.get("args", {})
-    of = args.get("of")
-    if isinstance(of, dict) and of.get("ref") == CUT:
-        model = _cut_like(of, model)
-    model = code_like(model, args.get("layers", {}))
-    model.limbeck_config = {"ref": CODED, "args": args}  # type: ignore[assignment]
+        model = _shaped_like(of, model)
+    model = resize(model, args.get("shapes", {})) if ref == CUT else code_like(model, args.get("layers", {}))
+    model.limbeck_config = {"ref": ref, "args": args}  # type: ignore[assignment]
     return model
 
 
