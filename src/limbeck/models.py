@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from limbeck import places, schema, storage, zoo
+from limbeck import places, processes, schema, storage, zoo
 from limbeck.data import Data, open_data
 from limbeck.data.choose import amount, hide
 from limbeck.data.text import is_text, open_text
 from limbeck.engine import checkpoint
 from limbeck.engine.session import Session, seed_everything
-from limbeck.errors import UserError
+from limbeck.errors import MISFITS, UserError
+from limbeck.places import user_path
 from limbeck.signals import anatomy
 from limbeck.signals.language import settle
 from limbeck.tasks import Classification, Language, Task, Writing
@@ -98,7 +99,7 @@ def _tokenizer(text: schema.Text, recipe: schema.Recipe | None) -> str:
         if spec.model == "minilm":
             return "minilm"
         name = spec.model.removeprefix("hf:").removeprefix("folder:")
-        if spec.model.startswith("hf:") or (Path(name).expanduser() / "tokenizer.json").is_file():
+        if spec.model.startswith("hf:") or (user_path(name) / "tokenizer.json").is_file():
             return f"hf:{name}"
     if text.tokenizer == "teacher":
         raise UserError("text.tokenizer is teacher, and the teacher is no folder with a tokenizer", "name a tokenizer, such as bpe:1024")
@@ -144,14 +145,14 @@ def _check_noising(reference: str, noising: Any) -> None:
     Raises:
         UserError: the recipe's `generate` block says otherwise.
     """
-    folder = Path(reference.removeprefix("folder:")).expanduser()
+    folder = user_path(reference.removeprefix("folder:"))
     note = next((place / "generator.json" for place in (folder, folder / "generator") if (place / "generator.json").is_file()), None)
     if note is None or not folder.is_dir():
         return
     try:
         facts = json.loads(note.read_text(encoding="utf-8"))["denoiser"]
         own = {"process": facts["process"], "prediction": facts["prediction"], "code": facts["code"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MISFITS) as error:
         raise UserError(f"{note} is not the note of a generator: {error}", "restore or remake the folder") from None
     asked = json.loads(json.dumps({"process": noising.process.facts(), "prediction": noising.prediction, "code": noising.code}))
     for name, value in own.items():
@@ -174,10 +175,12 @@ def build(spec: schema.Model, data: Data, seed: int, role: str) -> nn.Module:
     seed_everything(seed, "network")
     # a student of more classes than the data is the user's mistake to see, so an explicit `classes` argument wins over the data's
     args = {"input_shape": data.input_shape, "classes": len(data.classes), **spec.args}
+    if reserved := {"ref", "tokens"} & set(args):
+        raise UserError(f"{role}: {min(reserved)} is no argument of {spec.model}", "leave it out; it is told by the recipe")
     try:
         network = zoo.build(spec.model, tokens=tokens_of(data), **args)
         if spec.weights:
-            path = Path(spec.weights).expanduser()
+            path = user_path(spec.weights)
             if path.is_dir():
                 network = zoo.load_model(path, model=network)
             else:
@@ -239,20 +242,35 @@ def kept(content: dict[str, Any], network: nn.Module, session: Session, what: st
     key = storage.fingerprint(content)
     folder = places.cache_folder() / "models" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f"{key}.lock"):
-        if folder.is_dir():
+    with processes.held_by_first(FileLock(folder.parent / f"{key}.lock")):
+        if processes.first(folder.is_dir):
+            failed = None
             try:
-                return zoo.load_model(folder, model=network)
+                found = zoo.load_model(folder, model=network)
             except UserError as error:
-                session.notes.append(f"the kept {what} in {folder} cannot be used and is trained again: {error.message}")
-                shutil.rmtree(folder)
+                failed = error.message
+            failed = next((text for text in processes.every(failed) if text), None)
+            if failed is None:
+                work = folder.parent / f"{key}.training"
+                processes.first(lambda: shutil.rmtree(work, ignore_errors=True))  # of a process killed just before
+                return found
+            if not session.trains:
+                raise UserError(f"the kept {what} cannot be used: {failed}", "remove that folder, and run the same command again")
+            session.notes.append(f"the kept {what} in {folder} cannot be used and is trained again: {failed}")
+            processes.first(lambda: shutil.rmtree(folder))
+        if not session.trains:
+            raise UserError(f"the kept {what} is not in {folder}", "workers look for it in LIMBECK_CACHE: share that folder with them")
         work = folder.parent / f"{key}.training"
         random = checkpoint.random_state()
         trained = train(work, key)
         checkpoint.restore_random_state(random)  # what follows draws the same numbers whether the network was trained now or found
         draft = folder.parent / f".{key}.tmp"
-        shutil.rmtree(draft, ignore_errors=True)
-        zoo.save_model(trained, draft, extra={"made_from": content})
-        draft.rename(folder)
-        shutil.rmtree(work, ignore_errors=True)
+
+        def keep() -> None:
+            shutil.rmtree(draft, ignore_errors=True)
+            zoo.save_model(trained, draft, extra={"made_from": content})
+            draft.rename(folder)
+            shutil.rmtree(work, ignore_errors=True)
+
+        processes.first(keep)
         return trained

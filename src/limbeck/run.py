@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck import __version__, storage
+from limbeck import __version__, processes, storage
 from limbeck import recipe as schema
 from limbeck.errors import UserError
+from limbeck.places import user_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,10 +34,13 @@ JOBS = {
 }
 """Where each wing's job is: a module with `run(recipe, session, given) -> Outcome`."""
 
+JOINT = ("knowledge", "structure")
+"""Wings whose runs several processes can share (`torchrun`, `accelerate launch`)."""
+
 BLOCKS = {"condense": "condensation", "generate": "sampling", "scene": "scenes", "structure": "structure"}
 """Blocks of a recipe that one wing reads; diffusion networks (`task: denoising`) read `generate` in knowledge and structure too."""
 
-NOT_BINDING = ("checkpoints", "trackers", "watch", "stop_on_alarm", "about", "name")
+NOT_BINDING = ("checkpoints", "trackers", "watch", "stop_on_alarm", "about", "name", "parallel")
 """Blocks of a recipe that may differ when a run is resumed: they change no weight."""
 
 
@@ -150,13 +154,15 @@ def _open_folder(folder: Path, recipe: schema.Recipe, resume: bool) -> Any:
                 raise UserError(f"{folder} already holds a run", "add --resume to go on with it, or name another folder with --out")
             old = schema.resolve(schema.parse_yaml(before.read_text(encoding="utf-8"), str(before)), str(before))
             changed = _differences(binding(old), binding(recipe))
+            _check_links(folder)
             if changed:
                 raise UserError(
                     f"{folder} was made by another recipe: {'; '.join(changed[:4])}",
                     "resume with the same recipe, or name another folder with --out",
                 )
-        elif any(item.name != ".lock" for item in folder.iterdir()):
+        elif any(item.name != ".lock" and not _left(item) for item in folder.iterdir()):
             raise UserError(f"the folder {folder} is not empty and holds no run", "name an empty or new folder with --out")
+        storage.sweep(folder)
         storage.write_text(before, recipe.to_yaml())
     except BaseException:
         lock.release()
@@ -166,9 +172,27 @@ def _open_folder(folder: Path, recipe: schema.Recipe, resume: bool) -> Any:
     return lock
 
 
+def _left(path: Path) -> bool:
+    """Whether a run left this behind that was killed before it had its recipe."""
+    return path.name == ".probe" or (path.name.startswith(".recipe.yaml.") and path.suffix == ".tmp")
+
+
+def _check_links(folder: Path) -> None:
+    """A run folder that came from elsewhere must not make us write somewhere else.
+
+    Raises:
+        UserError: a link inside it leads out of it.
+    """
+    home = folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise UserError(f"{path} is a link that leads out of the run's folder", "remove it, or copy what it leads to")
+
+
 def new_folder(recipe: schema.Recipe, root: Path = Path("runs")) -> Path:
-    """The next free `runs/<name>-<method>-<number>`."""
-    stem = f"{recipe.name}-{recipe.method.id.split(':')[-1].replace('.', '-')}"
+    """The next free `runs/<name>-<method>-<number>`; whatever stands in the names, it lies in `root`."""
+    words = f"{recipe.name}-{recipe.method.id.split(':')[-1].replace('.', '-')}"
+    stem = "".join(c if c.isalnum() or c in "-._ +" else "-" for c in words)[:80].lstrip(".")
     number = 1
     while (root / f"{stem}-{number:03d}").exists():
         number += 1
@@ -213,18 +237,21 @@ def execute(
         Interrupted: after Ctrl-C; the state is saved, and `resume` goes on.
     """
     started = time.perf_counter()
-    folder = Path(out).expanduser() if out is not None else new_folder(recipe)
+    processes.begin(recipe.device, recipe.parallel)
+    folder = processes.first(lambda: user_path(out) if out is not None else new_folder(recipe))
     existed = folder.exists()
     fresh = not (folder / "recipe.yaml").exists()
-    lock = _open_folder(folder, recipe, resume)
+    locks: list[Any] = []
+    processes.first(lambda: locks.append(_open_folder(folder, recipe, resume)))  # the one that writes holds the lock
     try:
         return _execute(recipe, folder, given or {}, callbacks, command, report, started)
     except UserError:
-        if fresh and not (folder / "checkpoints").exists():
+        if processes.rank() == 0 and fresh and not (folder / "checkpoints").exists():
             _leave_nothing(folder, existed)  # so that the mended command can use the same folder
         raise
     finally:
-        lock.release()
+        for lock in locks:
+            lock.release()
 
 
 def _leave_nothing(folder: Path, existed: bool) -> None:
@@ -252,7 +279,7 @@ def _execute(
 ) -> Result:
     import torch
 
-    from limbeck.engine.callbacks import JsonLines, Trackers, available_trackers, read_log
+    from limbeck.engine.callbacks import JsonLines, Trackers, available_trackers
     from limbeck.engine.session import Session, choose_device
     from limbeck.method import find
 
@@ -260,12 +287,18 @@ def _execute(
     if wing == "knowledge" and any(stage.method is not None and find(stage.method.id).card.wing == "structure" for stage in recipe.stages):
         wing = "structure"  # one of the stages makes its own student
     _check_blocks(recipe, wing)
+    if processes.world() > 1 and wing not in JOINT:
+        raise UserError(
+            f"the wing {wing} works in one process, and {processes.world()} were started",
+            f"start `limbeck run` without a launcher; {' and '.join(JOINT)} can use several processes",
+        )
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    log = JsonLines(folder / "log.jsonl")
-    everyone: list[Callback] = [log, *callbacks]
-    if names := available_trackers(recipe.trackers):
-        everyone.append(Trackers(names, folder, {"method": recipe.method.id, "seed": recipe.seed}))
+    everyone: list[Callback] = []
+    if processes.rank() == 0:  # it alone writes and prints
+        everyone = [JsonLines(folder / "log.jsonl"), *callbacks]
+        if names := available_trackers(recipe.trackers):
+            everyone.append(Trackers(names, folder, {"method": recipe.method.id, "seed": recipe.seed}))
     session = Session(
         device=choose_device(recipe.device),
         folder=folder,
@@ -296,9 +329,18 @@ def _execute(
         "alarms": [f"{name}: {text}" for name, fit in session.fits.items() for text in fit.alarms],
         "warnings": session.notes,
         "device": str(session.device),
+        **({"processes": processes.world()} if processes.world() > 1 else {}),
         "versions": versions(),
         "command": command,
     }
+    processes.first(lambda: _write(recipe, folder, outcome, summary, report))
+    return Result(summary, folder, {name: getattr(made, "held", made) for name, made in outcome.artifacts.items()})
+
+
+def _write(recipe: schema.Recipe, folder: Path, outcome: Outcome, summary: dict[str, Any], report: bool) -> None:
+    """Artifacts, report, and at the very end the summary, which says that the run is finished."""
+    from limbeck.engine.callbacks import read_log
+
     _keep(recipe, folder, outcome, summary)
     if report:
         from limbeck.report.page import Report, write_report
@@ -322,16 +364,16 @@ def _execute(
             ),
         )
     storage.write_json(folder / "summary.json", summary)
-    return Result(summary, folder, {name: getattr(made, "held", made) for name, made in outcome.artifacts.items()})
 
 
 def _keep(recipe: schema.Recipe, folder: Path, outcome: Outcome, summary: dict[str, Any]) -> None:
     """Write the artifacts into folders of their own, and what was said about the test split."""
     from limbeck.outcome import Artifact
     from limbeck.report.card import model_card, teacher_text
+    from limbeck.report.tables import plain_markdown
     from limbeck.zoo import save_model
 
-    card = model_card(summary, teacher_text(recipe)) if outcome.card is None else outcome.card(summary)
+    card = model_card(summary, teacher_text(recipe)) if outcome.card is None else outcome.card(plain_markdown(summary))
     note = {"classes": list(outcome.classes), "method": summary["method"], "metrics": summary["metrics"].get("student", {})}
     for name, artifact in outcome.artifacts.items():
         if isinstance(artifact, Artifact):

@@ -6,17 +6,18 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from limbeck.dialect import write_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strict(BaseModel):
-    """A block of a recipe: unknown keys are errors."""
+    """A block of a recipe: unknown keys, NaN and infinity are errors."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class Method(Strict):
@@ -179,6 +180,13 @@ class Endpoint(Strict):
     price_output: Annotated[float, Field(ge=0)] | None = None
     limit_cost: Annotated[float, Field(ge=0)] | None = None
     log: str | None = None
+
+    @field_validator("base_url")
+    @classmethod
+    def _no_secret(cls, value: str) -> str:
+        if "@" in value or "?" in value:
+            raise ValueError("recipes are kept and shown, so an address in one has no user, password or query: put the key into key_env")
+        return value
 
 
 class Teacher(Strict):
@@ -437,6 +445,7 @@ class Recipe(Strict):
     trackers: list[str] | Literal["auto"] = "auto"
     device: str = "auto"
     precision: Literal["no", "bf16", "fp16"] = "no"
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     threads: Positive | None = None
 
     @model_validator(mode="after")
@@ -471,4 +480,4 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """The whole recipe as YAML, defaults included; `limbeck run` takes the file back."""
-        return yaml.safe_dump(self.data_as_written(), sort_keys=False, allow_unicode=True, width=120)
+        return write_yaml(self.data_as_written())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from limbeck.errors import UserError
+from limbeck.errors import Fault, UserError, conceal, of_system, printable
+from limbeck.processes import Told, asked, number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as error:
         return int(error.code or 0)
     except UserError as error:
-        return _complain(error.message, error.hint)
+        return 2 if isinstance(error, Told) else _complain(error.message, error.hint)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -33,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _complain(message: str, hint: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    who = f"process {number()}: " if number() else ""
+    print(f"error: {who}{message}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
     return 2
@@ -41,8 +43,6 @@ def _complain(message: str, hint: str) -> int:
 
 def _other(error: Exception) -> int:
     """Typer's own complaints about usage, a full disk, or a mistake of ours."""
-    import errno
-
     kinds = {base.__name__ for base in type(error).__mro__}
     if "Exit" in kinds:
         return int(getattr(error, "exit_code", 0))
@@ -52,13 +52,12 @@ def _other(error: Exception) -> int:
     if "ClickException" in kinds:
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "limbeck"
-        return _complain(" ".join(str(error.format_message()).split()), f"`{path} --help` explains the command")  # type: ignore[attr-defined]
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _complain(
-            f"the disk is full: {error.filename or error.strerror}", "make room and run again with --resume; what was finished is kept"
-        )
-    if isinstance(error, PermissionError):
-        return _complain(f"no permission for {error.filename}", "choose a folder that you may write to")
+        return _complain(printable(error.format_message()), f"`{path} --help` explains the command")  # type: ignore[attr-defined]
+    if (known := of_system(error)) is not None:
+        return _complain(known.message, known.hint)
+    if asked() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in ("closed by peer", "reset by peer", "Broken pipe")):
+        print(f"error: process {number()} stops, because another process stopped; see what that one said", file=sys.stderr)
+        return 1
     return _our_fault(error)
 
 
@@ -66,9 +65,14 @@ def _our_fault(error: Exception) -> int:
     import tempfile
     import traceback
 
+    if isinstance(error, Fault):
+        print(f"error: something went wrong inside limbeck: {error}", file=sys.stderr)
+        print(f"hint: this is our fault; the traceback is in {error.trace}", file=sys.stderr)
+        return 1
     with tempfile.NamedTemporaryFile("w", prefix="limbeck-", suffix=".traceback.txt", delete=False) as file:
-        traceback.print_exception(error, file=file)
-    print(f"error: something went wrong inside limbeck: {type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        file.write(conceal("".join(traceback.format_exception(error))))
+    said = printable(conceal(str(error)))[:300]
+    print(f"error: something went wrong inside limbeck: {type(error).__name__}: {said}", file=sys.stderr)
     print(f"hint: this is our fault; the traceback is in {file.name}", file=sys.stderr)
     return 1
 

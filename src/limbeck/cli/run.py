@@ -25,9 +25,11 @@ def run(
     comparison, measures all of them on the test split, and writes a folder with student/, report.html, summary.json and log.jsonl.
     A recipe of the condensation wing makes dataset/ instead, and compares it with real samples of the same number.
     Ctrl-C saves the state; the same command with --out FOLDER --resume goes on.
+    Several processes or machines share a run when a launcher starts it: torchrun --nproc-per-node 8 -m limbeck run RECIPE.
 
     Examples: limbeck run digits | limbeck run tiny-digits | limbeck run digits --set method=pld | limbeck run my.yaml --out runs/mine
     """
+    from limbeck import processes
     from limbeck import recipe as schema
     from limbeck.errors import UserError
     from limbeck.run import new_folder
@@ -46,11 +48,15 @@ def run(
 
     try:
         result = execute(checked, folder, resume=resume, callbacks=[] if quiet else [Progress()], command=command)
+        processes.end()
     except Interrupted as stop:
+        if processes.number():
+            raise typer.Exit(130) from None
         typer.echo(f"{stop}; the state is saved", err=True)
         typer.echo(f"resume with: {command} --out {shlex.quote(str(folder))} --resume", err=True)
         raise typer.Exit(130) from None
-    print_result(result)
+    if processes.number() == 0:
+        print_result(result)
 
 
 def print_result(result) -> None:

@@ -26,6 +26,17 @@ def move(value: Any, device: torch.device | str) -> Any:
     return value
 
 
+def cut(value: Any, pick: slice) -> Any:
+    """The same rows of every tensor of a nested structure (tensor, mapping, tuple, list); other values stay."""
+    if isinstance(value, Tensor):
+        return value[pick] if value.ndim else value
+    if isinstance(value, dict):
+        return {key: cut(item, pick) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(cut(item, pick) for item in value)
+    return value
+
+
 @dataclass
 class Batch:
     """Samples that go through a model together.
@@ -66,6 +77,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
         return Batch(move(self.inputs, device), move(self.labels, device), move(self.index, device), move(self.extra, device))
+
+    def rows(self, pick: slice) -> Batch:
+        """Some of its samples."""
+        return Batch(cut(self.inputs, pick), cut(self.labels, pick), cut(self.index, pick), cut(self.extra, pick))
 
     def replace(self, **changes: Any) -> Batch:
         """A copy with some fields changed (the other fields are shared, not copied)."""

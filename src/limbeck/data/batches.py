@@ -12,6 +12,7 @@ from torch import Tensor
 from limbeck.data.batch import Batch
 from limbeck.data.choose import generator
 from limbeck.data.split import LoaderSplit, Split, TensorSplit
+from limbeck.data.streaming import StreamSplit
 from limbeck.errors import UserError
 
 
@@ -59,6 +60,7 @@ class Batches:
         labelled_share: this share of each batch are samples with a label, the rest samples without; both are cycled
             through permutations of their own, and an epoch has as many steps as without it.
         workers: processes that read items ahead; of use only for splits that are not held in memory.
+        share: (r, R): give every R-th sample of each batch, from the r-th on: what one of several processes computes.
 
     Raises:
         UserError: an empty split, a batch size below 1, or a labelled share that the labels cannot give.
@@ -74,6 +76,7 @@ class Batches:
         drop_last: bool | None = None,
         labelled_share: float | None = None,
         workers: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         if len(split) == 0:
             raise UserError("there are no samples to make batches of", "check the data's train, test and valid sizes")
@@ -81,14 +84,16 @@ class Batches:
             raise UserError(f"batch size is {batch_size}", "give at least 1")
         self.split, self.batch_size, self.seed, self.shuffle, self.workers = split, batch_size, seed, shuffle, workers
         self.drop_last = (shuffle and len(split) >= batch_size) if drop_last is None else drop_last
+        self._own = slice(share[0], None, share[1])
+        self._streams = () if share[0] == 0 else (share[0],)
         self._cache: dict[tuple[int, int], Tensor] = {}
         self._pools: tuple[Tensor, Tensor] | None = None
         if labelled_share is not None:
             self._pools = self._divide(labelled_share)
 
     def _divide(self, share: float) -> tuple[Tensor, Tensor]:
-        if isinstance(self.split, LoaderSplit):
-            raise UserError("labelled_share needs sample positions, and an iterable loader has none", "give a map-style Dataset")
+        if not self.split.random_access:
+            raise UserError("labelled_share needs sample positions, and a stream has none", "give a map-style Dataset")
         self.drop_last = True
         self.labelled_size = round(self.batch_size * share)
         if not 0 < self.labelled_size < self.batch_size:
@@ -142,7 +147,7 @@ class Batches:
         return torch.cat(parts)
 
     def index_at(self, epoch: int, step: int) -> Tensor:
-        """`(B,)` positions of the samples of one batch."""
+        """`(B,)` positions of the samples of one whole batch, whoever computes them."""
         if not self._pools:
             return self._permutation(0, epoch)[step * self.batch_size : (step + 1) * self.batch_size]
         number = epoch * self.steps_per_epoch + step
@@ -150,10 +155,10 @@ class Batches:
         return torch.cat([self._cycled(1, number * self.labelled_size, self.labelled_size), self._cycled(2, number * rest, rest)])
 
     def _raw(self, epoch: int, step: int) -> Batch:
-        index = self.index_at(epoch, step)
+        index = self.index_at(epoch, step)[self._own]
         if isinstance(self.split, TensorSplit):
             return self.split.batch(index)
-        with own_randomness(self.seed, epoch, step):
+        with own_randomness(self.seed, epoch, step, *self._streams):
             return self.split.batch(index)
 
     def _augmented(self, batch: Batch) -> Batch:
@@ -165,18 +170,21 @@ class Batches:
         Raises:
             UserError: the split is an iterable loader; IndexError: there is no such step.
         """
-        if isinstance(self.split, LoaderSplit):
-            raise UserError("an iterable loader has no batch positions", "use epoch(), or give a map-style Dataset")
+        if not self.split.random_access:
+            raise UserError("a stream has no batch positions", "use epoch(), or give a map-style Dataset")
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch}")
         return self._augmented(self._raw(epoch, step))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch in order, from step `start` on."""
-        if isinstance(self.split, LoaderSplit):
+        if isinstance(self.split, StreamSplit):
+            for batch in self.split.batches(self.seed, epoch, self.batch_size, start, self.shuffle, self.drop_last):
+                yield self._augmented(batch.rows(self._own))
+        elif isinstance(self.split, LoaderSplit):
             for step, batch in enumerate(self.split):
                 if step >= start:
-                    yield self._augmented(batch)
+                    yield self._augmented(batch.rows(self._own))
         elif self.workers and not isinstance(self.split, TensorSplit):
             from torch.utils.data import DataLoader
 

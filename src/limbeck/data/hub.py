@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,14 @@ from limbeck.data.source import IN_MEMORY, Source
 from limbeck.data.split import Split, TensorSplit, label_name
 from limbeck.data.tables import number_labels
 from limbeck.errors import UserError, nearest
+from limbeck.places import user_path
 
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 """Columns of token ids: padded with zeros to the longest, handed to the model by name."""
 
 
-def _kind(feature: Any) -> str:
+def kind_of(feature: Any) -> str:
+    """What a column holds: "image", "text", "number", "list" or "other"."""
     import datasets
 
     if isinstance(feature, datasets.Image):
@@ -135,7 +136,7 @@ def _labels(dataset: Any, name: str | None, classes: tuple[str, ...] | None) -> 
         return torch.tensor(values, dtype=torch.long), tuple(feature.names)
     if values and isinstance(values[0], list):
         return torch.tensor(values, dtype=torch.float32), None
-    if _kind(feature) == "number" and all(isinstance(v, int) for v in values):
+    if kind_of(feature) == "number" and all(isinstance(v, int) for v in values):
         return torch.tensor(values, dtype=torch.long), None
     numbers, own = number_labels(values, "the data set")
     if classes is not None:
@@ -164,11 +165,11 @@ def rows_split(
         if column not in names:
             raise UserError(f"the data set has no column {column!r}", f"did you mean {' or '.join(map(repr, nearest(column, names)))}?")
     used = columns or [n for n in names if n != target and n not in ("idx", "id")]
-    text = [n for n in used if _kind(dataset.features[n]) == "text"]
+    text = [n for n in used if kind_of(dataset.features[n]) == "text"]
     if tokenizer and text:
         dataset = _tokenised(dataset, tokenizer, length, text)
         used = [n for n in used if n not in text] + [n for n in TOKENS if n in dataset.column_names]
-    kinds = {n: "tokens" if n in TOKENS else _kind(dataset.features[n]) for n in used if n in dataset.features}
+    kinds = {n: "tokens" if n in TOKENS else kind_of(dataset.features[n]) for n in used if n in dataset.features}
     kinds = {n: k for n, k in kinds.items() if k in ("image", "number", "list", "tokens")}
     if not kinds:
         hint = "give tokenizer: <folder or hub id>" if text else "columns may hold pictures, numbers or token ids"
@@ -211,7 +212,7 @@ def open_hub(path: str, config: str | None = None, streaming: bool = False) -> A
         import datasets
     except ImportError:
         raise UserError("datasets is not installed", "`pip install 'limbeck[hf]'`") from None
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if path.startswith((".", "/", "~")) and not folder.exists():
         raise UserError(f"no folder at {folder}", "check the path after hf:")
     saved = any((folder / n).is_file() for n in ("dataset_dict.json", "state.json"))

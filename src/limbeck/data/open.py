@@ -15,6 +15,7 @@ from limbeck.data.data import Data
 from limbeck.data.embedded import EMBEDDED
 from limbeck.data.source import Source, check_classes, check_split
 from limbeck.data.split import DatasetSplit, LoaderSplit, Split, TensorSplit
+from limbeck.data.streaming import StreamSplit
 from limbeck.errors import UserError, unknown
 from limbeck.storage import fingerprint, tensors_fingerprint
 
@@ -26,9 +27,18 @@ def _readers() -> dict[str, Callable[..., Source]]:
     from limbeck.data.graphs import read_geometric
     from limbeck.data.hub import read_hub
     from limbeck.data.idx import read_idx_folder
+    from limbeck.data.shards import read_stream
     from limbeck.data.tables import read_csv, read_parquet
 
-    return {"hf": read_hub, "folder": read_folder, "csv": read_csv, "parquet": read_parquet, "idx": read_idx_folder, "pyg": read_geometric}
+    return {
+        "hf": read_hub,
+        "folder": read_folder,
+        "csv": read_csv,
+        "parquet": read_parquet,
+        "stream": read_stream,
+        "idx": read_idx_folder,
+        "pyg": read_geometric,
+    }
 
 
 def _read(source: Any, args: dict[str, Any]) -> tuple[str, Source]:
@@ -57,6 +67,8 @@ def _draw(split: Split, count: int | float, part: str, seed: int) -> tuple[Split
     size = amount(count, len(split), part)
     if size == len(split):
         raise UserError(f"{part} asks for all {size} samples and leaves none to train on", f"ask for fewer than {size}")
+    if isinstance(split, StreamSplit):
+        return split.hold_out(size)
     chosen = stratified(split.labels, len(split), size, seed)
     rest = torch.ones(len(split), dtype=torch.bool)
     rest[chosen] = False
@@ -84,6 +96,8 @@ def _mark(split: Split | None) -> Any:
         return None
     if isinstance(split, TensorSplit):
         return tensors_fingerprint(split.tensors())
+    if isinstance(split, StreamSplit):
+        return [len(split), split.rows.mark()]
     if isinstance(split, LoaderSplit):
         count = min(4, len(split))
         sample = split.batch(torch.arange(min(count, len(next(iter(split))))))
@@ -127,8 +141,8 @@ def open_data(
 
     Args:
         source: an embedded name (`limbeck.data.listing()`); `hf:<id or folder>`, `folder:<pictures>`, `csv:<file>`,
-            `parquet:<file>`, `idx:<folder>`; or `(inputs, labels)` tensors, a dict with `train` and perhaps `test` and `valid`, a
-            torch Dataset or DataLoader, a `datasets.Dataset` or `DatasetDict`.
+            `parquet:<file>`, `stream:<shards>`, `idx:<folder>`; or `(inputs, labels)` tensors, a dict with `train` and perhaps `test` and
+            `valid`, a torch Dataset or DataLoader, a `datasets.Dataset` or `DatasetDict`.
         train, test, valid: samples drawn for each part, a count or a share of what it is drawn from; every class in its
             share. `test` is drawn first, so that it does not change with the others; `valid` is taken from the training part.
             None keeps what there is; a source without a test part gives 20 % (450 of digits, 25 % of the small tables).
@@ -196,6 +210,8 @@ def _opened(
     mark = fingerprint([_mark(training), _mark(testing), _mark(validating), read.note, kind, labelled, seed if labelled else None])
     true = None
     if labelled is not None:
+        if isinstance(training, StreamSplit):
+            training.with_labels(None)
         if training.labels is None:
             raise UserError("labelled was asked for, but the data has no labels", "leave it out")
         keep = amount(labelled, len(training), "labelled")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from limbeck.data.split import LoaderSplit, Split, TensorSplit
+from limbeck.data.streaming import StreamSplit
 from limbeck.errors import UserError
 
 IN_MEMORY = 1 << 30
@@ -72,6 +73,8 @@ def check_split(split: Split, part: str) -> None:
         raise UserError(f"the {part} data is empty", "give at least one sample")
     if isinstance(split, TensorSplit):
         check_finite(split.inputs, part)
+    elif isinstance(split, StreamSplit):
+        check_finite(split.batch(torch.arange(min(len(split), 64))).inputs, part)
     elif not isinstance(split, LoaderSplit):
         for index in torch.arange(min(len(split), 256)).split(64):
             check_finite(split.batch(index).inputs, part, int(index[0]))

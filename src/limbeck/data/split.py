@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Split(ABC):
     labels: Tensor | None = None
     augment: Callable[[Any], Any] | None = None
     batch_size: int | None = None
+    random_access: ClassVar[bool] = True
+    """Whether batches of any positions can be had at any time; else they come in the split's own order."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -225,6 +227,8 @@ class LoaderSplit(Split):
 
     One pass is made when it is opened, to count batches and samples and to read the labels.
     """
+
+    random_access = False
 
     def __init__(self, loader: Any, label: str | None = None) -> None:
         self.loader, self.label = loader, label

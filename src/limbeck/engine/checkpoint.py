@@ -6,6 +6,7 @@ checksum of both). It is written under another name, synced, then renamed: it is
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -85,8 +86,23 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def of_process(state: Mapping[str, Any], rank: int, world: int) -> dict[str, Any]:
+    """What a checkpoint holds for one of several processes: its `memory` and the state of its random generators.
+
+    Written by as many processes, each takes its own back. By another number, all take the memory of process 0, which also takes its
+    generators; `random` is None for the others, which keep the stream that they began with.
+    """
+    kept = state.get("processes", [{"memory": state["memory"], "random": state["random"]}])
+    if len(kept) == world:
+        return kept[rank]
+    return {"memory": kept[0]["memory"], "random": kept[0]["random"] if rank == 0 else None}
+
+
 def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Write a checkpoint and remove all but the newest `keep`.
+
+    A checkpoint that is there is not touched before the new one is: another one of the same step gets a number behind its name. Those of
+    later steps, which could not be read when the run went on from an earlier one, are removed with the oldest: they push no whole one out.
 
     Args:
         folder: where the checkpoints of this phase live.
@@ -95,8 +111,11 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Pa
         keep: how many stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final, draft = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
+    names = itertools.chain([f"step-{step:08d}"], (f"step-{step:08d}.{number}" for number in itertools.count(1)))
+    final = folder / next(name for name in names if not (folder / name).exists())
+    for left in folder.glob(".step-*.tmp"):  # by a killed process
+        shutil.rmtree(left, ignore_errors=True)
+    draft = folder / f".{final.name}.tmp"
     draft.mkdir()
     tensors: dict[str, Tensor] = {}
     content = pack(state, tensors)
@@ -110,11 +129,11 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Pa
     digest = storage.save_tensors(draft / "state.safetensors", tensors)
     body = json.dumps(content)
     storage.write_json(draft / "state.json", {"tensors_sha256": digest, "body_sha256": storage.sha256(body.encode()), "body": body})
-    if final.exists():
-        shutil.rmtree(final)
     os.replace(draft, final)
-    storage._sync_folder(folder)
-    for old in _all(folder)[:-keep]:
+    storage.sync_folder(folder)
+    paths = _all(folder)
+    here = paths.index(final) + 1
+    for old in [*paths[: max(0, here - keep)], *paths[here:]]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -135,10 +154,10 @@ def read(path: Path) -> Any:
     try:
         head = json.loads((path / "state.json").read_text(encoding="utf-8"))
         body, digest = head["body"], head["tensors_sha256"]
-        if storage.sha256(body.encode()) != head["body_sha256"]:
+        if storage.sha256(body.encode()) != head["body_sha256"] or len(digest) != 64 or len(head) != 3:
             raise torn
         return unpack(json.loads(body), storage.load_tensors(path / "state.safetensors", digest))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise torn from None
 
 

@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 
-from limbeck.engine import checkpoint, schedule
+from limbeck import processes
+from limbeck.engine import checkpoint, schedule, sharding
+from limbeck.engine.agreement import Agreement
 from limbeck.engine.callbacks import Callback
 from limbeck.engine.clock import Clock
+from limbeck.engine.joint import joint_turn
 from limbeck.engine.program import Program
 from limbeck.engine.watch import SMALL_SHARE, shares, term_norms
 from limbeck.errors import UserError
@@ -91,7 +94,7 @@ def _stop_requests() -> Iterator[threading.Event]:
         return
 
     def note(number: int, frame: Any) -> None:
-        if requested.is_set():
+        if requested.is_set() and processes.world() == 1:  # a launcher repeats the terminal's Ctrl-C, which is not a second one
             raise KeyboardInterrupt
         requested.set()
 
@@ -126,6 +129,8 @@ class Loop:
         self.clock = Clock(0, program.steps_per_epoch, plan.total)
         self.optimizers = program.optimizers()
         self.accelerator = self._accelerator()
+        self.world = processes.world()
+        self._turns: dict[str, Any] = {}
         self.log_every = plan.log_every or max(1, min(50, plan.total // 40))
         watch = plan.watch if plan.watch is not None else max(50, min(100, plan.total // 2), plan.total // 40)
         self.watch_every = math.ceil(watch / self.log_every) * self.log_every
@@ -154,16 +159,19 @@ class Loop:
         clock, program, accelerator = self.clock, self.program, self.accelerator
         step, count = clock.step, self.plan.training.accumulate
         gathered: dict[str, torch.Tensor] = {}
-        watched = self.watch_every and (step == 0 or (step + 1) % self.watch_every == 0)
+        watched = self.watch_every and (step == 0 or (step + 1) % self.watch_every == 0) and not processes.sharding()
         for turn in program.turns(clock):
             optimizer = self.optimizers.get(turn)
-            parts = (batch,) if count == 1 else program.parts(batch, count)
+            losses = program.losses if self.world == 1 or optimizer is None else self._jointly(turn)
+            parts = (batch,) if count == 1 and self.world == 1 else program.parts(batch, count)
             for part in parts:
+                if self.world > 1 and optimizer is not None:
+                    losses.last = part is parts[-1]
                 if accelerator is None:
-                    terms = program.losses(turn, part, clock)
+                    terms = losses(turn, part, clock)
                 else:
                     with accelerator.autocast():
-                        terms = program.losses(turn, part, clock)
+                        terms = losses(turn, part, clock)
                 if watched and optimizer is not None and part is parts[0]:
                     self._norms |= term_norms(terms, [p for group in optimizer.param_groups for p in group["params"]])
                 loss = _total(terms.values())
@@ -190,6 +198,12 @@ class Loop:
         self._recent.append((step, gathered, getattr(batch, "index", None)))
         clock.step = step + 1
 
+    def _jointly(self, turn: str) -> Any:
+        """The losses of a turn through which gradients are averaged over all processes."""
+        if turn not in self._turns:
+            self._turns[turn] = joint_turn(self.program, self.optimizers[turn])
+        return self._turns[turn]
+
     def _update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         training, accelerator = self.plan.training, self.accelerator
         rate = schedule.factor(training, step, self.plan.total)
@@ -197,8 +211,8 @@ class Loop:
             group["lr"] = base * rate
         if training.clip is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            if accelerator is None:
-                torch.nn.utils.clip_grad_norm_(parameters, training.clip)
+            if accelerator is None or processes.sharding():
+                sharding.clip_gradients(parameters, training.clip)
             else:
                 accelerator.clip_grad_norm_(parameters, training.clip)
         optimizer.step()
@@ -233,13 +247,13 @@ class Loop:
         if not self._recent:
             return
         names = list(dict.fromkeys(name for _, terms, _ in self._recent for name in terms))
-        rows = {name: torch.stack([terms[name] for _, terms, _ in self._recent if name in terms]).float() for name in names}
-        means = {name: float(values.mean()) for name, values in rows.items()}
+        rows = [torch.stack([terms[name] for _, terms, _ in self._recent if name in terms]).float() for name in names]
+        means = {name: float(values.mean()) for name, values in zip(names, processes.averaged(rows))}
         if not all(math.isfinite(value) for value in means.values()):
             self._not_finite()
         now = time.perf_counter()
         steps = len(self._recent)
-        samples = sum(len(index) if index is not None else 0 for _, _, index in self._recent)
+        samples = self.world * sum(len(index) if index is not None else 0 for _, _, index in self._recent)
         spent = max(now - self._flushed_at, 1e-9)
         terms: dict[str, dict[str, float]] = {name: {"value": value} for name, value in means.items()}
         if self._norms:
@@ -266,29 +280,37 @@ class Loop:
             record["lr"] = first.param_groups[0]["lr"]
         self._recent, self._norms, self._flushed_at = [], {}, now
         self._tell(record)
-        for text in self.program.vitals():
+        for text in processes.told(self.program.vitals()):
             self._alarm(text)
 
     def _not_finite(self) -> None:
+        """Name the first loss that is not finite, on whichever process it was.
+
+        Raises:
+            UserError: always.
+        """
+        found = next((text for text in processes.every(self._first_not_finite()) if text), "a mean of the losses is not finite")
+        _, good, _ = checkpoint.latest(self.plan.folder) if self.plan.folder else (None, None, None)
+        raise UserError(found, f"last good checkpoint: {good or 'none yet'}; try a lower learning rate, or training.clip=1")
+
+    def _first_not_finite(self) -> str | None:
         for step, terms, index in self._recent:
             bad = [name for name, value in terms.items() if not bool(torch.isfinite(value))]
             if not bad:
                 continue
             kind = "NaN" if bool(torch.isnan(terms[bad[0]])) else "infinite"
             where = f"samples {index.tolist()[:16]}{' ...' if len(index) > 16 else ''}" if index is not None else "unknown samples"
-            _, good, _ = checkpoint.latest(self.plan.folder) if self.plan.folder else (None, None, None)
-            raise UserError(
-                f"the loss turned {kind} in {self.phase} at step {step}: term {', '.join(bad)}, {where}",
-                f"last good checkpoint: {good or 'none yet'}; try a lower learning rate, or training.clip=1",
-            )
+            return f"the loss turned {kind} in {self.phase} at step {step}: term {', '.join(bad)}, {where}"
+        return None
 
     def _measure(self) -> None:
-        metrics = self.program.evaluate()
+        processes.level_buffers(list(self.program.modules().values()))
+        metrics = processes.told(self.program.evaluate())
         self.program.train()
         if not metrics:
             return
         self._tell({"phase": self.phase, "step": self.clock.step, "metrics": metrics})
-        for text in self.program.vitals():
+        for text in processes.told(self.program.vitals()):
             self._alarm(text)
         if self.plan.patience:
             name, higher = self.program.primary  # type: ignore[attr-defined]
@@ -299,22 +321,29 @@ class Loop:
                 self.without_better += 1
                 self.outcome.stopped_early = self.without_better >= self.plan.patience
 
+    def _bad_weight(self) -> str | None:
+        for name, module in self.program.modules().items():
+            for path, value in module.named_parameters():
+                if not bool(torch.isfinite(sharding.local(value)).all()):
+                    return f"{name}.{path}"
+        return None
+
     def _save(self, done: bool = False) -> None:
         if self.plan.folder is None:
             return
         self._flush()
-        for name, module in self.program.modules().items():
-            for path, value in module.named_parameters():
-                if not bool(torch.isfinite(value).all()):
-                    raise UserError(
-                        f"the weight {name}.{path} is not finite after step {self.clock.step} of {self.phase}",
-                        "try a lower learning rate, or training.clip=1",
-                    )
+        bad = next((name for name in processes.every(self._bad_weight()) if name), None)
+        if bad is not None:
+            raise UserError(
+                f"the weight {bad} is not finite after step {self.clock.step} of {self.phase}",
+                "try a lower learning rate, or training.clip=1",
+            )
+        processes.level_buffers(list(self.program.modules().values()))
         seconds = self.outcome.seconds + time.perf_counter() - self._started_at
         state = {
             "step": self.clock.step,
-            "modules": {name: module.state_dict() for name, module in self.program.modules().items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "modules": sharding.whole({name: module.state_dict() for name, module in self.program.modules().items()}),
+            "optimizers": sharding.whole({name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}),
             "memory": self.program.memory(),
             "random": checkpoint.random_state(),
             "engine": {
@@ -327,7 +356,10 @@ class Loop:
             "digest": self.plan.digest,
             "done": done,
         }
-        checkpoint.save(self.plan.folder, self.clock.step, state, self.plan.keep)
+        if self.world > 1:  # what each process knows alone; a checkpoint of one process has no such entry
+            state["processes"] = processes.every({"memory": state["memory"], "random": state["random"]})
+        folder, step = self.plan.folder, self.clock.step
+        processes.first(lambda: checkpoint.save(folder, step, state, self.plan.keep))
         self._saved_at = time.perf_counter()
 
     def _restore(self) -> bool:
@@ -343,11 +375,13 @@ class Loop:
                 f"{path} belongs to another recipe or to other data", "resume with the recipe of that folder, or choose another --out"
             )
         for name, module in self.program.modules().items():
-            module.load_state_dict(state["modules"][name])
+            sharding.load_weights(module, state["modules"][name])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        self.program.restore(state["memory"])
-        checkpoint.restore_random_state(state["random"])
+            sharding.load_optimizer(optimizer, state["optimizers"][name])
+        own = checkpoint.of_process(state, processes.rank(), self.world)
+        self.program.restore(own["memory"])
+        if own["random"] is not None:
+            checkpoint.restore_random_state(own["random"])
         engine = state["engine"]
         self.best, self.without_better = engine["best"], engine["without_better"]
         self.outcome.seconds, self.outcome.alarms = engine["seconds"], list(engine["alarms"])
@@ -375,8 +409,10 @@ class Loop:
         if not done:
             with _stop_requests() as requested:
                 program.train()
+                self._agreed = Agreement()
                 while clock.step < plan.total and not self.outcome.stopped_early:
                     self._epoch(requested)
+                self._agreed.close()
             self._flush()
             self._save(done=True)
         for callback in self.callbacks:
@@ -387,7 +423,7 @@ class Loop:
         return self.outcome
 
     def _epoch(self, requested: threading.Event) -> None:
-        plan, clock = self.plan, self.clock
+        plan, clock, agreed = self.plan, self.clock, self._agreed
         ticked = time.perf_counter()
         for batch in self.program.batches(clock.epoch, clock.step % clock.steps_per_epoch):
             self._step(batch)
@@ -401,10 +437,11 @@ class Loop:
                 ticked = now
                 for callback in self.callbacks:
                     callback.tick(step)
-            if requested.is_set():
+            stop, save = agreed(requested.is_set(), now - self._saved_at > plan.every_seconds)
+            if stop:
                 self._save()
                 raise Interrupted(self.phase, step, plan.total)
-            if (plan.every_steps and step % plan.every_steps == 0) or now - self._saved_at > plan.every_seconds:
+            if save or (plan.every_steps and step % plan.every_steps == 0):
                 self._save()
             if step >= plan.total or self.outcome.stopped_early:
                 return

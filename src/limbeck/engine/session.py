@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from limbeck import storage
+from limbeck import processes, storage
 from limbeck.engine.callbacks import Callback
 from limbeck.engine.loop import Fit, Loop, Plan
 from limbeck.errors import UserError
@@ -35,7 +35,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         from accelerate import PartialState
 
-        return PartialState().device
+        device = PartialState().device
+        return torch.device("cpu") if device.type == "cpu" else device
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -58,6 +59,7 @@ class Session:
         callbacks: who is told.
         fits: what came of each phase so far.
         notes: warnings to be shown at the end, oldest first.
+        trains: whether a kept network that is not there yet may be trained; a worker of many only takes what it finds.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -71,6 +73,7 @@ class Session:
     callbacks: Sequence[Callback] = ()
     fits: dict[str, Fit] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    trains: bool = True
 
     def fit(self, program: Any, phase: str, *, seed: int, folder: Path | None = None, digest: str = "", evaluate: bool = True) -> Fit:
         """Run one phase through the loop; its checkpoints live in `checkpoints/<phase>` of the run's folder, or in `folder`.
@@ -104,7 +107,8 @@ class Session:
             digest=storage.fingerprint(binding),
             stop_on_alarm=self.stop_on_alarm,
         )
-        seed_everything(seed, phase)
+        # every process draws noise of its own; process 0 draws what a single one would
+        seed_everything(seed, phase if processes.rank() == 0 else f"{phase} of process {processes.rank()}")
         outcome = Loop(program, plan, phase, self.callbacks).run()
         self.fits[phase] = outcome
         self.notes += [f"{phase}: {text}" for text in outcome.warnings]

@@ -7,18 +7,25 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from limbeck import processes
+
 SMALL_SHARE = 0.01
 """A term below this share of the update is worth a warning: it does next to nothing."""
 
 
 def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
-    """The Euclidean norm of each term's gradient with respect to the parameters; the graph is kept for the real backward pass."""
+    """The Euclidean norm of each term's gradient with respect to the parameters; the graph is kept for the real backward pass.
+
+    Of several processes it is the norm of the mean gradient.
+    """
     norms: dict[str, float] = {}
     for name, value in terms.items():
         if not (isinstance(value, Tensor) and value.requires_grad):
             norms[name] = 0.0
             continue
         gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        if processes.world() > 1:  # a weight may be in use on another process only, so all of them travel
+            gradients = processes.averaged([torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters)])
         norms[name] = float(nn.utils.get_total_norm([gradient.detach().float() for gradient in gradients if gradient is not None]))
     return norms
 

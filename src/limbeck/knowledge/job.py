@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from limbeck import processes
 from limbeck import recipe as schema
 from limbeck.data import Data
 from limbeck.data.batch import UNLABELLED
@@ -42,7 +43,7 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
         session: device, folder, callbacks.
         given: Python objects that stand in for the recipe's references: "teacher", "student", "data", "method".
     """
-    data = models.open_recipe_data(recipe.data, given.get("data"), recipe)
+    data = processes.first_then_others(lambda: models.open_recipe_data(recipe.data, given.get("data"), recipe))
     task = models.task_of(recipe, data)
     _check(recipe, data, task, session, given)
     networks = models.teacher_networks(recipe, data, session, given)
@@ -56,6 +57,8 @@ def run(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> Ou
     start = models.make_student(recipe, data, session, given)
     done = distil(Job(recipe, data, on_device, task, networks, session, given), start)
     program = done.program
+    for network in networks.values():
+        network.to(session.device)
 
     found: dict[str, nn.Module | Teacher] = {}
     if networks and isinstance(program.teacher, EnsembleTeacher):

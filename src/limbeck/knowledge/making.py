@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck import schema, storage
+from limbeck import processes, schema, storage
 from limbeck.data.batch import Batch
 from limbeck.data.data import Data
 from limbeck.engine.session import Session, seed_everything
@@ -100,19 +100,19 @@ class Making:
             make: makes it; JSON must hold what it returns.
         """
         if self.session.folder is None:
-            return make()
+            return processes.told(make())
         path = self.session.folder / "decisions" / f"{self.phase}-{what}.json"
         mark = storage.fingerprint([self.session.digest, self.method.values()])
-        if path.is_file():
+        kept = processes.first(lambda: path.read_text("utf-8") if path.is_file() else None)
+        if kept is not None:
             try:
-                kept = json.loads(path.read_text("utf-8"))
-                if kept["digest"] == mark:
-                    return kept["decision"]
+                found = json.loads(kept)
+                if found["digest"] == mark:
+                    return found["decision"]
             except (ValueError, TypeError, KeyError):
                 self.session.notes.append(f"{path.name} cannot be read and is decided again")
-        decision = json.loads(json.dumps(make()))
-        path.parent.mkdir(exist_ok=True)
-        storage.write_json(path, {"digest": mark, "decision": decision})
+        decision = processes.told(json.loads(json.dumps(make())))  # every process makes it, because training on the way takes all of them
+        processes.first(lambda: storage.write_json(path, {"digest": mark, "decision": decision}))
         return decision
 
     def fit(
@@ -145,6 +145,7 @@ class Making:
             augment=self.recipe.data.augment,
             total=total,
             device=self.device,
+            precision=self.session.precision,
         )
         self.session.fit(program, phase, seed=self.seed, evaluate=False)
         return program.finish()

@@ -109,6 +109,7 @@ def schooled(
             seed=school.seed,
             augment=school.data.get("augment", recipe.data.augment),
             device=session.device,
+            precision=session.precision,
         )
         session.fit(program, phase, seed=school.seed, folder=work, digest=key, evaluate=False)
         return program.finish()

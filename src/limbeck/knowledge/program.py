@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from limbeck import processes
 from limbeck.data.augment import Augment
 from limbeck.data.batch import Batch
 from limbeck.data.batches import Batches
 from limbeck.data.data import Data
+from limbeck.engine import sharding
 from limbeck.engine.clock import Clock
 from limbeck.engine.program import moving_average
 from limbeck.errors import UserError
@@ -42,6 +45,21 @@ def check_family(method: Distiller, task: Task) -> None:
         )
 
 
+def check_shardable(method: Distiller, teacher: Teacher, training: Any) -> None:
+    """Refuse what needs a whole copy of the student, or a second network that learns, where models are sharded.
+
+    Raises:
+        UserError: naming what it is.
+    """
+    what = None
+    if training.ema is not None:
+        what = "training.ema keeps a second whole student"
+    elif teacher.kept():
+        what = f"the teacher of {method.card.id} changes while it teaches"
+    if what is not None:
+        raise UserError(f"models cannot be sharded here: {what}", "set parallel=ddp")
+
+
 class KnowledgeProgram:
     """Implements `limbeck.engine.program.Program` for a `Distiller`.
 
@@ -58,7 +76,7 @@ class KnowledgeProgram:
         evaluate_on: "valid" or "test": what is measured while training; nothing when the split is missing.
         evaluate_batch: samples at a time when measuring.
         device: where everything lives.
-        anatomy: of the student, if it is known.
+        precision: in which the weights of sharded models are gathered, see `limbeck.engine.sharding`.
     """
 
     def __init__(
@@ -76,6 +94,7 @@ class KnowledgeProgram:
         evaluate_on: str = "valid",
         evaluate_batch: int = 512,
         device: torch.device | str = "cpu",
+        precision: str = "no",
     ) -> None:
         self.device = torch.device(device)
         if augment and isinstance(teacher, StoredTeacher):
@@ -89,13 +108,15 @@ class KnowledgeProgram:
         share = training.labelled_share if training.labelled_share is not None else method.labelled_share
         if share is not None and (data.labelled == len(data.train) or data.labelled == 0):
             share = None  # every sample is alike, there is nothing to mix
-        self._batches = Batches(data.train, min(training.batch, len(data.train)), seed=seed, labelled_share=share)
+        among = processes.rank(), processes.world()
+        self._batches = Batches(data.train, min(training.batch, len(data.train)), seed=seed, labelled_share=share, share=among)
         self.steps_per_epoch = self._batches.steps_per_epoch
         self.total = total or steps_of(training, self.steps_per_epoch)
-        if training.accumulate > 1 and self._batches.batch_size % training.accumulate:
+        if self._batches.batch_size % (training.accumulate * processes.world()):
+            among = f" for each of {processes.world()} processes" if processes.world() > 1 else ""
             raise UserError(
-                f"a batch of {self._batches.batch_size} cannot be cut into {training.accumulate} equal parts",
-                "set training.batch or training.accumulate",
+                f"a batch of {self._batches.batch_size} cannot be cut into {training.accumulate} equal parts{among}",
+                "set training.batch (it counts the samples of all processes together) or training.accumulate",
             )
         check_family(method, task)
         if method.needs_valid and data.valid is None:
@@ -107,6 +128,11 @@ class KnowledgeProgram:
         method.bind(task, complete=all(task.complete(split.labels) for split in parts))
         example = data.example(min(len(data.train), task.example_size())).to(self.device)
         self.student = method.wrap(student, example).to(self.device)
+        self._whole: nn.Module | None = None
+        if processes.sharding():
+            check_shardable(method, teacher, training)
+            self._whole = copy.deepcopy(self.student).to("cpu")
+            sharding.shard(self.student, self.device, precision)
         self._reader = task.reader(self.student, method.wants()[0])
         self._last: tuple[Batch, Signals] | None = None
         self._pending: list[str] = []
@@ -119,6 +145,8 @@ class KnowledgeProgram:
         method.setup(self.pair)
         method.parts.to(self.device)
         self.models = Models(self._read, teacher, self.student)
+        if self._whole is not None:
+            sharding.let_go(self.student)
         self._optimizers = method.optimizers(self.pair)
         self.average = moving_average(self.student, training)
         self.evaluate_on, self.evaluate_batch = evaluate_on, evaluate_batch
@@ -150,7 +178,7 @@ class KnowledgeProgram:
         return batches if self.device.type == "cpu" else (batch.to(self.device) for batch in batches)
 
     def parts(self, batch: Batch, count: int) -> list[Batch]:
-        """Equal parts of a batch; each knows how much its labelled and its unlabelled samples weigh in the whole.
+        """Equal parts of a batch; each knows how much its labelled and its unlabelled samples weigh in the whole, that of all processes.
 
         Of tasks that score several items a sample (tokens), `extra["share"]` is what a part's mean weighs in the whole batch's mean.
         A method that forms a term on other samples than the part's names it in `extra["other_items"]`: all its parts weigh the same,
@@ -158,19 +186,16 @@ class KnowledgeProgram:
         """
         size = len(batch) // count
         labelled, items = batch.labelled, self.task.scored(batch)
-        total, others = labelled.sum().clamp_min(1), (~labelled).sum().clamp_min(1)
-        parts = []
+        counts = [labelled.sum(), (~labelled).sum(), *([] if items is None else [items])]
+        total, others, *items = processes.summed(torch.stack(counts)).clamp_min(1)
+        weight, parts = count * processes.world(), []
         for number in range(count):
             pick = slice(number * size, (number + 1) * size if number + 1 < count else len(batch))
-            scales = {"labelled_scale": labelled[pick].sum() * count / total, "unlabelled_scale": (~labelled[pick]).sum() * count / others}
-            part = Batch(
-                _cut(batch.inputs, pick),
-                None if batch.labels is None else batch.labels[pick],
-                None if batch.index is None else batch.index[pick],
-                {**_cut(batch.extra, pick), **scales},
-            )
-            if items is not None:
-                part.extra["share"] = self.task.scored(part) * count / items.clamp_min(1)
+            part = batch.rows(pick)
+            part.extra["labelled_scale"] = labelled[pick].sum() * weight / total
+            part.extra["unlabelled_scale"] = (~labelled[pick]).sum() * weight / others
+            if items:
+                part.extra["share"] = self.task.scored(part) * weight / items[0]
             parts.append(part)
         return parts
 
@@ -250,8 +275,13 @@ class KnowledgeProgram:
         return self.average.module if self.average is not None else self.student
 
     def finish(self) -> nn.Module:
-        """The student that is kept, in evaluation mode, after the method's last word."""
-        return self.method.finish(self.network(), self.models, self.data).eval()
+        """The student that is kept, in evaluation mode, after the method's last word; whole again where it was sharded."""
+        processes.level_buffers([self.student])
+        network = self.network()
+        if self._whole is not None:
+            self._whole.load_state_dict(sharding.whole_weights(self.student))
+            network = self._whole.to(self.device)
+        return self.method.finish(network, self.models, self.data).eval()
 
 
 def _placed(value: Any, like: Any) -> Any:
@@ -260,14 +290,4 @@ def _placed(value: Any, like: Any) -> Any:
         return value.to(like.device) if isinstance(like, Tensor) else value
     if isinstance(value, dict) and isinstance(like, dict):
         return {key: _placed(item, like.get(key)) for key, item in value.items()}
-    return value
-
-
-def _cut(value: Any, pick: slice) -> Any:
-    if isinstance(value, Tensor):
-        return value[pick]
-    if isinstance(value, dict):
-        return {key: _cut(item, pick) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cut(item, pick) for item in value)
     return value

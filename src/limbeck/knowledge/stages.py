@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from limbeck import schema
+from limbeck import processes, schema
 from limbeck.data import Batches, Data
+from limbeck.engine import sharding
 from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError
 from limbeck.knowledge import models
@@ -138,8 +139,8 @@ def distil(job: Job, start: nn.Module) -> Distilled:
             network = reshaped(method, network, making)
             made = copy.deepcopy(network) if recipe.baseline else None
         seed_everything(recipe.seed, f"{phase} set-up")
-        teacher = models.make_teacher(source, method, _own_copies(source, method, networks), network, data, session, task)
-        prepared = method.prepare(data, teacher, session, recipe.seed)
+        teacher = models.make_teacher(source, method, _own_copies(source, method, networks, session), network, data, session, task)
+        prepared = processes.first_then_others(lambda: method.prepare(data, teacher, session, recipe.seed))  # noqa: B023
         program = make_program(method, network, teacher, prepared, task, training, recipe, session, steps)
         if before is not None and type(before) is type(method):
             method.follow(before)
@@ -201,7 +202,7 @@ def _stage_data(job: Job, stage: schema.Stage, opened: dict[str, Data]) -> Data:
     key = json.dumps(stage.data, sort_keys=True)
     if key not in opened:
         spec = schema.Data.model_validate({**job.recipe.data.model_dump(), **stage.data})
-        own = models.open_recipe_data(spec, None, job.recipe, job.data)
+        own = processes.first_then_others(lambda: models.open_recipe_data(spec, None, job.recipe, job.data))
         if own.classes and job.data.classes and own.classes != job.data.classes:
             raise UserError(
                 f"stage data {spec.source} has {len(own.classes)} classes that are not those of {job.data.name}",
@@ -217,9 +218,13 @@ def _steps(training: Any, data: Data, method: Any) -> int:
     return steps_of(training, Batches(data.train, min(training.batch, len(data.train))).steps_per_epoch)
 
 
-def _own_copies(spec: schema.Teacher, method: Any, networks: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
-    """A teacher that learns must not change the object that the user gave."""
+def _own_copies(spec: schema.Teacher, method: Any, networks: Mapping[str, nn.Module], session: Session) -> Mapping[str, nn.Module]:
+    """A teacher that learns must not change the object that the user gave; a sharded one is a copy of a whole one on the processor."""
     kind = method.teacher_kind if spec.kind == "auto" else spec.kind
+    if processes.sharding() and kind == "frozen":
+        return {
+            name: sharding.shard(copy.deepcopy(network.to("cpu")), session.device, session.precision) for name, network in networks.items()
+        }
     if kind != "online":
         return networks
     return {name: copy.deepcopy(network).requires_grad_(True) for name, network in networks.items()}
@@ -250,6 +255,7 @@ def make_program(
         evaluate_on=recipe.evaluation.on,
         evaluate_batch=recipe.evaluation.batch,
         device=session.device,
+        precision=session.precision,
     )
 
 

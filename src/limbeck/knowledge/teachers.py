@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limbeck import processes
 from limbeck.data.batch import Batch, move
 from limbeck.errors import UserError
 from limbeck.losses.vocabulary import Law, Sparse
@@ -213,9 +214,9 @@ class HistoryTeacher(Teacher):
         return Signals(logits=probabilities.clamp_min(torch.finfo(torch.float32).tiny).log(), at={"seen": seen})
 
     def observe(self, batch: Batch, student: Signals) -> None:
-        """Remember what the student said in this very forward pass."""
-        index = self._index(batch)
-        self.probabilities[index] = student.logits.detach().float().softmax(-1)
+        """Remember what the student said in this very forward pass, on whichever process it said it."""
+        index = processes.joined(self._index(batch))
+        self.probabilities[index] = processes.joined(student.logits.detach().float().softmax(-1))
         self.seen[index] = True
 
     def memory(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limbeck import processes
 from limbeck.data.batch import IGNORE, Batch
 from limbeck.errors import UserError
 from limbeck.losses.vocabulary import Law
@@ -132,10 +133,13 @@ class LanguageReader:
             options["output_attentions"] = True
         output, caught, handle = None, [], None
 
-        def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def catch(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             caught.append(args[0])
-            if not self._whole:
-                raise _Reached
+            if self._whole:
+                return None
+            if processes.sharding():  # a sharded network must come to its end, or its shards stay gathered: one position costs little
+                return (args[0][:, :1],)
+            raise _Reached
 
         try:
             if self.head is not None:  # for this call only, so that copies of the model carry no hook

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limbeck import processes
 from limbeck.data.batch import Batch
 from limbeck.errors import UserError, unknown
 from limbeck.signals.anatomy import Anatomy, anatomy, hidden_states, is_hugging_face
@@ -124,7 +125,7 @@ class Reader:
         self.model = model
         self.wants = tuple(dict.fromkeys([wants] if isinstance(wants, str) else wants))
         self.anatomy = anatomy
-        self.stop_early = stop_early
+        self.stop_early = stop_early and not processes.sharding()  # a sharded network must come to its end, or its shards stay gathered
         self.grad = grad
         self.all = all
         self._tape = _Tape()

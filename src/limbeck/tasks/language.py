@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from limbeck import processes
 from limbeck.data.batch import Batch
 from limbeck.errors import UserError, unknown
 from limbeck.losses import vocabulary as losses
@@ -139,15 +140,19 @@ class Language(Task):
         self, model: nn.Module | Callable[[Batch], Signals], split: Split, batch: int, device: torch.device, full: bool = False
     ) -> Measured:
         """nll, perplexity, bits_per_byte (where the split knows its bytes); to the full also rouge_l and exact_match of written texts."""
+        from limbeck.evaluation.predict import shared_batches
         from limbeck.evaluation.text import bits_per_byte, perplexity
 
         read = self.reading(model, ("law",))
         total, count = torch.zeros((), dtype=torch.float64), 0
         with evaluating(model):
-            for part in self._batches(split, batch, device):
+            for part, counts in shared_batches(split, batch):
+                part = part.to(device)
                 law = read(part).law
-                total += losses.cross_entropy(law, self.targets(part.labels), reduction="sum").double().cpu()
-                count += len(law)
+                if counts:
+                    total += losses.cross_entropy(law, self.targets(part.labels), reduction="sum").double().cpu()
+                    count += len(law)
+        total, count = processes.summed(total), int(processes.summed(torch.tensor(count)))
         if not count:
             raise UserError("the split has no scored token, so nothing can be measured", "give texts of more than one token")
         nll = float(total)

@@ -1,0 +1,64 @@
+"""Gradients that are means over all processes: torch's DistributedDataParallel round the losses of a turn, not round a network.
+
+Methods read networks in many ways (up to a tap, up to the output matrix, twice in a step, with bridges beside them). Wrapped is therefore
+what they all have in common: a call that gives the terms of a loss, and the weights whose turn it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from limbeck.engine import sharding
+from limbeck.engine.clock import Clock
+from limbeck.engine.program import Program
+
+
+class _Losses(nn.Module):
+    """The losses of a turn as a module that owns the turn's weights."""
+
+    def __init__(self, program: Program, weights: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(weights)
+        self._losses = program.losses
+
+    def forward(self, turn: str, part: Any, clock: Clock) -> dict[str, Tensor]:
+        return self._losses(turn, part, clock)
+
+
+class JointTurn:
+    """The losses of a turn on every process.
+
+    Weights that are sharded average their gradients by themselves; all others go through DistributedDataParallel, in which a weight that
+    no process used keeps no gradient, as on one process.
+
+    Attributes:
+        last: whether the next part of a batch is its last: only then gradients travel.
+    """
+
+    def __init__(self, program: Program, weights: list[nn.Parameter]) -> None:
+        self.last, self._program, self._whole = True, program, None
+        if weights:
+            # every loss may leave some weights out in some steps
+            self._whole = DistributedDataParallel(_Losses(program, weights), find_unused_parameters=True, gradient_as_bucket_view=True)
+
+    def __call__(self, turn: str, part: Any, clock: Clock) -> dict[str, Tensor]:
+        """The terms of one part; their backward pass averages gradients when it is the last one."""
+        if self._whole is None:
+            return self._program.losses(turn, part, clock)
+        if self.last:
+            return self._whole(turn, part, clock)
+        with self._whole.no_sync():
+            return self._whole(turn, part, clock)
+
+
+def joint_turn(program: Program, optimizer: torch.optim.Optimizer) -> JointTurn:
+    """The losses of the turn whose weights an optimiser holds."""
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if sharding.mixed(weights):
+        for group in optimizer.param_groups:
+            group["foreach"] = False
+    return JointTurn(program, [weight for weight in dict.fromkeys(weights) if not sharding.is_shard(weight)])
