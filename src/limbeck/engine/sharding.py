@@ -12,7 +12,7 @@ from limbeck import processes
 from limbeck.errors import UserError
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated parts of a network, which are gathered one after the other: what transformers names, else members of module lists."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     if names and (found := [module for module in model.modules() if type(module).__name__ in names]):
@@ -45,7 +45,7 @@ def shard(model: nn.Module, device: torch.device, precision: str = "no") -> nn.M
         return model
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
     mesh = init_device_mesh(device.type, (processes.world(),))
-    for block in _blocks(model):
+    for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
