@@ -14,6 +14,7 @@ from limbeck import processes
 from limbeck.errors import UserError
 from limbeck.recipe import resolve
 from limbeck.run import execute
+from limbeck.storage import tensors_fingerprint
 
 
 def stopped(source, to, step=4):
@@ -32,7 +33,9 @@ if __name__ == "__main__":
         if "of" in job and processes.number() == 0:
             stopped(job["of"], job["out"])
         try:
-            execute(resolve(job["recipe"]), job["out"], resume=job.get("resume", False), report=False)
+            done = execute(resolve(job["recipe"]), job["out"], resume=job.get("resume", False), report=False)
+            if "generator" in done.artifacts:
+                print(f"generator of process {processes.rank()}: {tensors_fingerprint(done.generator.denoiser.network.state_dict())}")
         except UserError as error:
             print(f"process {processes.rank()}: {error.message}")
     processes.end()

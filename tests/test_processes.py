@@ -37,6 +37,18 @@ CASES = {
 }
 
 
+GENERATOR = {
+    **{key: TINY[key] for key in ("threads", "device", "trackers")},
+    "name": "generator",
+    "method": {"id": "decoupled-dmd"},  # two turns: the generator, and the network of its score
+    "teacher": {"model": "denoising-mlp", "args": {"width": 24, "depth": 2}, "train": {"steps": 20, "batch": 32}},
+    "student": {"model": "teacher"},
+    "data": {"source": "digits", "train": 300},
+    "training": {"steps": 6, "batch": 8},
+    "generate": {"steps": [2], "guidance": 2.0, "samples": 64, "features": {"model": "cnn", "args": {"width": 4}, "train": {"steps": 20}}},
+}
+
+
 def recipe(name, **changes):
     made = copy.deepcopy(CASES[name]) | {"checkpoints": {"every_steps": 4, "keep": 9}, "baseline": name == "parts", **changes}
     if made["teacher"]:
@@ -81,6 +93,7 @@ def runs(tmp_path_factory):
     jobs += [{"recipe": recipe("text") | ddp, "out": f"{folder}/one-then-two", "of": f"{folder}/one/text", "resume": True}]
     jobs += [{"recipe": made | fsdp, "out": f"{folder}/sharded/{name}"} for name, made in (("text", recipe("text")), ("plain", plain))]
     jobs += [{"recipe": recipe("text") | fsdp, "out": f"{folder}/two-then-sharded", "of": f"{folder}/two/text", "resume": True}]
+    jobs += [{"recipe": GENERATOR, "out": f"{folder}/generator"}, {"recipe": GENERATOR | fsdp, "out": f"{folder}/sharded-generator"}]
     jobs += [{"recipe": recipe("parts", training={**SHORT, "batch": 31}), "out": f"{folder}/mistaken"}]
     jobs += [{"recipe": recipe("parts") | fsdp, "out": f"{folder}/refused"}]
     said = launch(folder, jobs)
@@ -98,6 +111,14 @@ def test_two_processes_give_the_student_of_one(runs, name):
 @pytest.mark.parametrize("name", ["text", "plain"])
 def test_two_processes_with_shards_give_the_student_of_one(runs, name):
     assert distance(runs / "one" / name, runs / "sharded" / name) < NEAR
+
+
+def test_a_generator_is_trained_by_two_processes_that_stay_alike(runs):
+    summary = json.loads((runs / "generator" / "summary.json").read_text())
+    assert summary["processes"] == 2 and (runs / "generator" / "generator" / "generator.json").is_file()
+    said = (runs / "said.txt").read_text()
+    marks = [line.split()[-1] for line in said.splitlines() if line.startswith("generator of process")]
+    assert len(marks) == 2 and marks[0] == marks[1]
 
 
 @pytest.mark.parametrize("name", ["one-then-two", "two-then-sharded", "sharded-then-one"])
@@ -147,6 +168,7 @@ def test_a_mistake_is_told_by_every_process_and_leaves_nothing(runs):
     for rank in (0, 1):
         assert f"process {rank}: a batch of 31 cannot be cut into 1 equal parts for each of 2 processes" in said
         assert f"process {rank}: models cannot be sharded here: training.ema keeps a second whole student" in said
+        assert f"process {rank}: generators are trained whole on every process" in said
     assert not (runs / "mistaken" / "recipe.yaml").exists()
 
 

@@ -34,7 +34,7 @@ JOBS = {
 }
 """Where each wing's job is: a module with `run(recipe, session, given) -> Outcome`."""
 
-JOINT = ("knowledge", "structure")
+JOINT = ("knowledge", "structure", "sampling")
 """Wings whose runs several processes can share (`torchrun`, `accelerate launch`)."""
 
 BLOCKS = {"condense": "condensation", "generate": "sampling", "scene": "scenes", "structure": "structure"}
@@ -292,6 +292,8 @@ def _execute(
             f"the wing {wing} works in one process, and {processes.world()} were started",
             f"start `limbeck run` without a launcher; {' and '.join(JOINT)} can use several processes",
         )
+    if processes.sharding() and wing == "sampling":
+        raise UserError("generators are trained whole on every process", "set parallel=ddp")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     everyone: list[Callback] = []

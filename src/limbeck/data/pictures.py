@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from limbeck import processes
 from limbeck.data import Data
 from limbeck.data.batch import UNLABELLED, Batch
 from limbeck.data.batches import Batches
@@ -71,7 +72,10 @@ class Pictures:
 
     def batches(self, batch: int, seed: int) -> Batches:
         """The training batches in an order that is arithmetic; scale them with `ready`."""
-        return Batches(self.data.train, min(batch, len(self.data.train)), seed=seed)
+        size, world = min(batch, len(self.data.train)), processes.world()
+        if size % world:
+            raise UserError(f"a batch of {size} cannot be shared out evenly among {world} processes", "set training.batch to a multiple")
+        return Batches(self.data.train, size, seed=seed, share=(processes.rank(), world))
 
     def ready(self, batch: Batch) -> Batch:
         """A batch of the data as a generator's training wants it: scaled, jittered, on the device."""

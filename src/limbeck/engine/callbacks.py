@@ -49,15 +49,28 @@ class JsonLines(Callback):
             file.write(json.dumps(record) + "\n")
 
 
+def _is_record(value: Any) -> bool:
+    """Whether a line is what a run writes: a phase, a step, numbers by name."""
+    if not isinstance(value, dict) or not isinstance(value.get("phase", ""), str) or not isinstance(value.get("step", 0), int):
+        return False
+    metrics, terms = value.get("metrics", {}), value.get("terms", {})
+    if not isinstance(metrics, dict) or not isinstance(terms, dict) or not isinstance(value.get("alarm", ""), str):
+        return False
+    parts = [metrics, *terms.values()]
+    return all(isinstance(part, dict) and all(n is None or isinstance(n, (int, float)) for n in part.values()) for part in parts)
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line that a crash cut short is left out."""
+    """The records of a log; lines that are none are left out: a last one that a crash cut short, or one that was altered since."""
     records = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().decode("utf-8", "replace").splitlines():
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if _is_record(record):
+                records.append(record)
     return records
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from limbeck import processes
 from limbeck.engine import sharding
 from limbeck.engine.clock import Clock
 from limbeck.engine.program import Program
@@ -26,7 +27,12 @@ class _Losses(nn.Module):
         self._losses = program.losses
 
     def forward(self, turn: str, part: Any, clock: Clock) -> dict[str, Tensor]:
-        return self._losses(turn, part, clock)
+        terms = self._losses(turn, part, clock)
+        self.own = any(value.requires_grad for value in terms.values())
+        if not self.own:  # this share has nothing to learn from (no label, no scored token), and the others wait for its gradient
+            name, value = next(iter(terms.items()))
+            terms = {**terms, name: value + 0.0 * self.weights[0].sum()}
+        return terms
 
 
 class JointTurn:
@@ -53,6 +59,12 @@ class JointTurn:
             return self._whole(turn, part, clock)
         with self._whole.no_sync():
             return self._whole(turn, part, clock)
+
+    def reached(self, step: int) -> bool:
+        """Whether the loss has a gradient on some process; asked of the others in the first step only."""
+        if self._whole is None or step > 0:
+            return True
+        return any(processes.every(self._whole.module.own))
 
 
 def joint_turn(program: Program, optimizer: torch.optim.Optimizer) -> JointTurn:

@@ -114,6 +114,12 @@ def _total(terms: Collection[torch.Tensor]) -> torch.Tensor:
     return sum(values, next(values))
 
 
+def _mean(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure over those that have it."""
+    names = dict.fromkeys(name for own in figures for name in own)
+    return {name: sum(own[name] for own in figures if name in own) / sum(name in own for own in figures) for name in names}
+
+
 class Loop:
     """Drives one program through one phase.
 
@@ -176,7 +182,7 @@ class Loop:
                     self._norms |= term_norms(terms, [p for group in optimizer.param_groups for p in group["params"]])
                 loss = _total(terms.values())
                 if optimizer is not None:
-                    if not loss.requires_grad:
+                    if not (loss.requires_grad if self.world == 1 else losses.reached(step)):
                         raise UserError(
                             f"the loss of the turn {turn} has no gradient (terms: {', '.join(terms)})",
                             "the student has no trainable weight on the way to its output, or the method detaches it",
@@ -247,8 +253,8 @@ class Loop:
         if not self._recent:
             return
         names = list(dict.fromkeys(name for _, terms, _ in self._recent for name in terms))
-        rows = [torch.stack([terms[name] for _, terms, _ in self._recent if name in terms]).float() for name in names]
-        means = {name: float(values.mean()) for name, values in zip(names, processes.averaged(rows))}
+        rows = {name: torch.stack([terms[name] for _, terms, _ in self._recent if name in terms]).float() for name in names}
+        means = _mean(processes.every({name: float(values.mean()) for name, values in rows.items()}))
         if not all(math.isfinite(value) for value in means.values()):
             self._not_finite()
         now = time.perf_counter()

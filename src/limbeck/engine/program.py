@@ -101,7 +101,9 @@ class PlainProgram:
         raise NotImplementedError
 
     def parts(self, batch: Any, count: int) -> Sequence[Any]:
-        """Refuses: a program that can cut its batch says how."""
+        """The batch in one piece; refuses more: a program that can cut its batch says how."""
+        if count == 1:
+            return (batch,)
         raise NotImplementedError(f"a batch of {type(self).__name__} is not cut into parts")
 
     def after_step(self, clock: Clock) -> None:

@@ -19,12 +19,14 @@ def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) 
     Of several processes it is the norm of the mean gradient.
     """
     norms: dict[str, float] = {}
-    for name, value in terms.items():
-        if not (isinstance(value, Tensor) and value.requires_grad):
+    for name in dict.fromkeys(name for names in processes.every(list(terms)) for name in names):
+        value = terms.get(name)
+        reaches = isinstance(value, Tensor) and value.requires_grad
+        if not (reaches or processes.world() > 1):
             norms[name] = 0.0
             continue
-        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-        if processes.world() > 1:  # a weight may be in use on another process only, so all of them travel
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) if reaches else [None] * len(parameters)
+        if processes.world() > 1:  # a term, or a weight, may be in use on another process only, so all of them travel
             gradients = processes.averaged([torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters)])
         norms[name] = float(nn.utils.get_total_norm([gradient.detach().float() for gradient in gradients if gradient is not None]))
     return norms

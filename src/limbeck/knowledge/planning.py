@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,15 @@ from limbeck import places
 from limbeck import recipe as schema
 from limbeck.data import Batches, Data
 from limbeck.data.batch import Batch
+from limbeck.engine import sharding
 from limbeck.engine.checkpoint import pack
 from limbeck.engine.clock import Clock
 from limbeck.engine.loop import Loop, Plan
 from limbeck.engine.session import Session, seed_everything
+from limbeck.evaluation import at_scale
 from limbeck.evaluation.cost import count_flops, stored_bytes
 from limbeck.knowledge import models
-from limbeck.knowledge.caching import flat
+from limbeck.knowledge.labelling import flat
 from limbeck.knowledge.looking import inner, recipe_networks
 from limbeck.knowledge.methods.alone import Alone
 from limbeck.knowledge.program import KnowledgeProgram, steps_of
@@ -53,6 +55,7 @@ class Phase:
         seconds: of the whole phase.
         kept: where its result is kept already.
         memory: bytes by use: weights, gradients, optimiser, activations (what one backward pass holds).
+        largest_block: bytes of the largest part that a sharded model gathers at once.
         checkpoint: bytes of one checkpoint.
     """
 
@@ -64,6 +67,7 @@ class Phase:
     kept: str | None = None
     memory: dict[str, int] = field(default_factory=dict)
     checkpoint: int = 0
+    largest_block: int = 0
 
 
 @dataclass
@@ -74,6 +78,8 @@ class Forecast:
         models: `params`, `flops`, `bytes` by role; FLOPs are those of `example`.
         phases: the trainings in order.
         example: what one sample is; tokens of a text.
+        scale: the teacher's share of a step's FLOPs, passes over the data, and the bytes on each card by number of processes, whole (ddp)
+            and sharded (fsdp), see `limbeck.evaluation.at_scale`.
         store: bytes of the teacher's stored outputs by form, in all and for each of `rows` (samples, or scored tokens), and the bound of
             the gain in speed; empty where nothing can be stored.
         files: what a run writes, with the bytes where they are known.
@@ -89,6 +95,7 @@ class Forecast:
     phases: list[Phase]
     example: dict[str, int]
     store: dict[str, Any]
+    scale: dict[str, Any]
     files: dict[str, int | None]
     pairs: list[Pair]
     reads: dict[str, list[str]]
@@ -118,10 +125,15 @@ class Forecast:
         }
 
 
-def plan(recipe: schema.Recipe, session: Session) -> Forecast:
+def plan(recipe: schema.Recipe, session: Session, processes: Sequence[int] = (1, 8, 64)) -> Forecast:
     """Build everything that the recipe names, train nothing, and measure a few steps of each phase on copies.
 
     An untrained teacher costs what a trained one does, so it stands in for it.
+
+    Args:
+        recipe: checked.
+        session: where it is measured.
+        processes: numbers of processes for which the bytes on each card are told.
 
     Raises:
         UserError: whatever would also stop the run at its beginning.
@@ -182,6 +194,7 @@ def plan(recipe: schema.Recipe, session: Session) -> Forecast:
         phases=phases,
         example={} if data.text is None else {"tokens": _tokens(example)},
         store=store,
+        scale=_scale(phases, sizes, store, processes),
         files=_files(recipe, phases, sizes, data, task),
         pairs=_pairs(networks, start, data, task, session),
         reads={"student": list(wants[0]), "teacher": list(wants[1])},
@@ -253,7 +266,9 @@ class _Bench:
         memories: dict[str, torch.Tensor] = {}
         pack(program.memory(), memories)
         checkpoint = sum(stored_bytes(m) for m in modules.values()) + state + sum(t.nbytes for t in memories.values()) + RANDOM
-        return Phase(name, steps, size, step * 1e3, step * steps, None, memory, checkpoint), program
+        parts = [block for m in (*modules.values(), *teacher.networks().values()) for block in sharding.blocks(m)]
+        largest = max(map(stored_bytes, parts), default=0)
+        return Phase(name, steps, size, step * 1e3, step * steps, None, memory, checkpoint, largest), program
 
     def _run(self, program: KnowledgeProgram, training: Any, count: int) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -301,7 +316,7 @@ def _store(
         return {}
     shapes, rows = _stored(networks, wants, data, task, session)
     row = "token" if task.family == "language" else "sample"
-    found: dict[str, Any] = {"signals": list(shapes), "rows": rows, "row": row, "row_bytes": {}}
+    found: dict[str, Any] = {"signals": list(shapes), "samples": len(data.train), "rows": rows, "row": row, "row_bytes": {}}
     forms: dict[Form, int | None] = {"float16": None}
     if "logits" in shapes:
         found["k"] = forms["topk"] = min(KEPT_TOP[task.family], max(1, shapes["logits"][-1] // 2))
@@ -328,6 +343,26 @@ def _stored(
         teacher = EnsembleTeacher({name: FrozenTeacher(copy.deepcopy(network), read=task.reader) for name, network in networks.items()})
     said = flat(teacher(data.example(2).to(session.device)), wants)
     return {name: tuple(value.shape[1:]) for name, value in said.items()}, len(data.train)
+
+
+def _scale(
+    phases: Sequence[Phase], sizes: Mapping[str, Mapping[str, int]], store: Mapping[str, Any], processes: Sequence[int]
+) -> dict[str, Any]:
+    """What changes with size: the teacher's part in a step, what a disk must give, and bytes on each card."""
+    phase = max((p for p in phases if p.step_ms is not None), key=lambda p: sum(p.memory.values()))
+    student = next((p for p in phases if p.name not in ("baseline", "ceiling", "start") and not p.name.startswith("teacher")), phase)
+    teacher = sum(row["flops"] for role, row in sizes.items() if role != "student")
+    found: dict[str, Any] = {"teacher_share": at_scale.teacher_share(teacher, sizes["student"]["flops"]), "phase": phase.name, "cards": []}
+    if store and student.step_ms:
+        rows = store["rows"] * student.batch / max(store.get("samples", store["rows"]), 1) / (student.step_ms / 1e3)
+        found |= {"rows_a_second": rows, "passes": student.steps * student.batch / store["samples"]}
+        found["read_bytes_a_second"] = {form: size * rows for form, size in store["row_bytes"].items()}
+    held, state = phase.memory["activations"], sum(size for use, size in phase.memory.items() if use != "activations")
+    for count in processes:
+        ddp = at_scale.on_a_card(0, state, held / count, count, frozen_bytes=1)
+        fsdp = at_scale.on_a_card(0, state, held / count, count, True, frozen_bytes=1, gathered=2 * phase.largest_block)
+        found["cards"].append({"processes": count, "ddp": round(ddp), "fsdp": round(min(fsdp, ddp))})
+    return found
 
 
 def _files(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from limbeck import schema
+from limbeck import processes, schema
 from limbeck.data.batch import Batch
 from limbeck.diffusion import Denoiser, sample
 from limbeck.engine.clock import Clock
@@ -186,7 +186,7 @@ class FewStep(Method):
     @property
     def batch_size(self) -> int:
         """Samples a step."""
-        return int(self.pair.training.batch)
+        return int(self.pair.training.batch) // processes.world()
 
     def endpoint_error(self, generator: Generator, steps: int = 1, count: int = 256) -> float:
         """Root mean squared difference between generator and teacher (32 Heun steps) from the same noise; for methods that keep paths."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from limbeck import models, schema
+from limbeck import models, processes, schema
 from limbeck.diffusion import SAMPLERS, Denoiser
 from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError, unknown
@@ -72,7 +72,7 @@ def check_recipe(recipe: schema.Recipe) -> schema.Generate:
 def open_pair(recipe: schema.Recipe, session: Session, given: Mapping[str, Any]) -> tuple[FewStep, Pair]:
     """The method and what it works on: data, teacher (trained if need be), student, as a recipe says."""
     spec = check_recipe(recipe)
-    data = models.open_recipe_data(recipe.data, given.get("data"))
+    data = processes.first_then_others(lambda: models.open_recipe_data(recipe.data, given.get("data")))
     method = copy.deepcopy(make_method(recipe.method, given.get("method")))
     session.digest += data.fingerprint
     pictures = Pictures(data, spec.jitter, session.device, spec.latents)
