@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 
-.PHONY: demo test lint evidence evidence-check bench readme readme-check faults clean help
+.PHONY: demo test lint evidence evidence-check bench readme readme-check faults fuzz clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -38,11 +39,20 @@ evidence-check: $(VENV)/.dev  ## is the evidence sound and newer than the method
 readme: $(VENV)/.dev  ## write the generated tables of README.md again
 	$(BIN)/python docs/tables.py
 
-bench: $(VENV)/.dev  ## speed against hand-written loops and peers (slow)
-	$(BIN)/python benchmarks/run_all.py
+$(PEERS)/.done: benchmarks/peers.txt pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement benchmarks/peers.txt
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
-faults: $(VENV)/.dev  ## kill runs at random moments, many times (slow)
-	$(BIN)/python -m pytest tests -m slow
+bench: $(PEERS)/.done  ## install the peers beside, then measure speed against them and write docs/benchmarks.md (about 50 minutes)
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python benchmarks/run_all.py
+
+faults: $(VENV)/.dev  ## kill runs at random moments, 50 times a kind, fill disks, and every other slow test (about an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m slow -ra -s
+
+fuzz: $(VENV)/.dev  ## thousands of altered recipes, stores, checkpoints, logs and data files (slow)
+	LIMBECK_FUZZ=3000 $(BIN)/python -m pytest tests/test_fuzz_*.py -n 2
 
 clean:  ## remove the environment and build products
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .ruff_cache

@@ -1,77 +1,34 @@
-"""Language: training from stored top-64 distributions, the on-policy step, and decoding with a distilled draft.
+"""Language: training from stored top-64 distributions, and decoding with a distilled draft. The on-policy step is in `on_policy.py`.
 
-    python benchmarks/language.py [--quick] [--peer PYTHON] [--rounds 3]
+    python benchmarks/language.py [--quick] [--rounds 5] [--only stored|speculative]
 
 stored: a Llama-like teacher of about eight times the student's forward cost, V = 32,000, texts of 128 random tokens. A step with the live
-teacher over one from the store of its 64 likeliest tokens; the bound is 1 + F_T / (3 F_S), forward passes measured. Bytes are of the disk.
-
-on_policy: distillspec with every batch written by the student: 8 prompts of 64 tokens, 64 new ones, teacher of 8 layers, student of 4,
-width 256, V = 32,000, AdamW. Peer: the step of TRL's GKDTrainer (its `generate_on_policy_outputs` with Hugging Face's generate, its
-`generalized_jsd_loss` with beta 0 on both models' logits, backward, AdamW), without accelerator. `plain` is the same step without TRL.
-Every arm has a process of its own. Nobody stops early: there is no end token.
+teacher over one from the store of its 64 likeliest tokens; the bound is 1 + F_T / (3 F_S), forward passes measured in the same round.
+Bytes are of the disk.
 
 speculative: a target of 8 layers and a draft of one, trained on Python's standard library here; the draft alone or distilled from the
-target, for the same steps. Sampling at temperature 1, gamma 4; wall time, because that is what speculation is for.
+target, for the same steps. Sampling at temperature 1, gamma 4; wall time, because that is what speculation is for. Floor: what the
+acceptance rate allows when a draft costs nothing.
 
-Checked first: the loss and its gradient from a store that holds everything are the live teacher's, and the 64 tokens are the likeliest;
-value and gradient norm of the step's loss on the same written text agree between the arms. Times are process CPU time, one thread; the
-median of the rounds, in which the arms take turns.
+Checked first: the loss and its gradient from a store that holds everything are the live teacher's, and the 64 tokens are the likeliest.
+Times are process CPU time, one thread; the median of the rounds, in which the arms take turns.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from common import in_turn, middle, parser, quantile, row, say
+from language_parts import job, llama, program
+from torch import nn
 
-TARGETS = {"share_of_bound": 0.95, "bytes_a_token": 400, "over_trl": 1.5, "over_plain_decoding": 1.0, "over_undistilled": 1.1}
-OWN, PEER = ("limbeck", "plain"), "trl"
-
-
-def llama(vocabulary: int, layers: int, width: int, length: int, seed: int) -> nn.Module:
-    """A model with random weights, the same in every process."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 4}
-    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-    inner = 8 * width // 3
-    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=length, intermediate_size=inner, **sizes, **special)
-    return LlamaForCausalLM(config)
-
-
-def job(vocabulary: int, length: int, texts: Tensor, labels: Tensor | None = None) -> tuple[Any, Any]:
-    """Data of whole rows of tokens, and the task."""
-    from limbeck.data import Data
-    from limbeck.data.split import TensorSplit
-    from limbeck.data.text import Text
-    from limbeck.tasks import Language
-
-    text = Text(None, "causal-lm", length, vocabulary, pad=0, eos=None)  # type: ignore[arg-type]
-    split = TensorSplit({"input_ids": texts}, texts if labels is None else labels)
-    return Data("tokens", split, split, None, (length,), (), "causal-lm", "tokens", text=text), Language(text)
-
-
-def program(method: Any, student: nn.Module, teacher: Any, data: Any, task: Any, batch: int, steps: int, lr: float = 1e-3) -> Any:
-    """A training of limbeck's engine, not begun."""
-    from limbeck import schema
-    from limbeck.engine.loop import Loop, Plan
-    from limbeck.knowledge.program import KnowledgeProgram
-
-    training = schema.Training(steps=steps, batch=batch, lr=lr, weight_decay=0, schedule="constant", warmup=0)
-    made = KnowledgeProgram(method, student, teacher, data, task, training)
-    return made, Loop(made, Plan(training, steps, watch=0))
+TARGETS = {"share_of_bound": 0.95, "bytes_a_token": 400, "over_plain_decoding": 1.0, "over_undistilled": 1.1}
 
 
 # ---- stored ----
@@ -79,14 +36,18 @@ def program(method: Any, student: nn.Module, teacher: Any, data: Any, task: Any,
 
 def write_store(folder: Path, teacher: Any, data: Any, task: Any, form: str, k: int | None) -> Any:
     """Store a teacher as `limbeck cache` does, and open it."""
-    from limbeck.knowledge.caching import _tokens, _write
+    from limbeck.knowledge.labelling import Labelling
     from limbeck.knowledge.teachers import StoredLanguageTeacher, scored_counts
     from limbeck.signals.store import Store, StoreWriter
 
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), scored_counts(data.train, task).cumsum(0)])
-    marks = {"teacher_fingerprint": "t", "data_fingerprint": "d", "samples": int(starts[-1])}
-    writer = StoreWriter(folder, **marks, signals={"logits": (task.text.vocabulary,)}, form=form, k=k)  # type: ignore[arg-type]
-    _write(writer, _tokens(writer, teacher, data, 4, torch.device("cpu"), starts, k), ())
+    shapes, rows = {"logits": (task.text.vocabulary,)}, int(starts[-1])
+    labels = Labelling(teacher, data, ("law",), 4, torch.device("cpu"), "t", "d", shapes, rows, "tokens", k, starts)
+    marks = {"teacher_fingerprint": "t", "data_fingerprint": "d", "samples": rows}
+    writer = StoreWriter(folder, **marks, signals=shapes, form=form, k=k)  # type: ignore[arg-type]
+    for index, said in labels.pieces(0, rows):
+        writer.write(index, said)
+    writer.finish()
     return StoredLanguageTeacher(Store(folder, teacher_fingerprint="t", data_fingerprint="d"), data.train, task)
 
 
@@ -115,8 +76,6 @@ def check_store() -> None:
 
 def stored(quick: bool, rounds: int) -> dict[str, Any]:
     """Live teacher against the store."""
-    from common import middle, spent
-
     from limbeck.knowledge.methods.token_level_kd import TokenLevelKD
     from limbeck.knowledge.teachers import FrozenTeacher
 
@@ -143,8 +102,10 @@ def stored(quick: bool, rounds: int) -> dict[str, Any]:
             "stored": lambda: program(TokenLevelKD(), student, stored_teacher, data, task, batch, steps)[1].run,
             "teacher": lambda: partial(passes, network),
             "student": lambda: partial(passes, student),
+            "update": lambda: updates(student, steps),
         }
-        times = in_turn(arms, rounds, spent)
+        both = in_turn(arms, rounds, warm=not quick)
+    times = {name: [one[0] for one in values] for name, values in both.items()}
     ratios = {
         "speedup": [a / b for a, b in zip(times["live"], times["stored"])],
         "forward": [a / b for a, b in zip(times["teacher"], times["student"])],
@@ -152,177 +113,36 @@ def stored(quick: bool, rounds: int) -> dict[str, Any]:
     speedup, cost = (middle(values) for values in ratios.values())
     bound = 1 + cost / 3
     shares = [a / (1 + c / 3) for a, c in zip(*ratios.values())]
+    sides = zip(times["teacher"], times["student"], times["update"])
+    fuller = [(t + 3 * s + u) / (3 * s + u) for t, s, u in sides]
+    with_update = [a / b for a, b in zip(ratios["speedup"], fuller)]
     return {
         "speedup": round(speedup, 3),
         "forward_cost": round(cost, 2),
+        "bound_with_update": round(middle(fuller), 3),
+        "share_with_update": round(middle(with_update), 3),
+        "iqr_with_update": [round(quantile(with_update, share), 3) for share in (0.25, 0.75)],
         "bound_measured": round(bound, 3),
         "share_of_bound": round(middle(shares), 3),
+        "iqr": [round(quantile(shares, share), 3) for share in (0.25, 0.75)],
         "step_ms": {name: round(1e3 * middle(values) / steps, 1) for name, values in times.items()},
         "bytes_a_token": round(size / len(stored_teacher.store), 1),
         "top": 64,
     }
 
 
-def in_turn(
-    arms: dict[str, Callable[[], Callable[[], Any]]], rounds: int, clock: Callable[[Callable[[], Any]], float]
-) -> dict[str, list[float]]:
-    """Seconds of each arm, made anew for each round, in alternating order."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(rounds):
-        for name in sorted(arms, reverse=number % 2 > 0):
-            times[name].append(clock(arms[name]()))
-    return times
+def updates(student: nn.Module, steps: int) -> Callable[[], Any]:
+    """The optimiser's part of the steps alone, which no cache can save."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-9, weight_decay=0)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
 
+    def act() -> None:
+        for _ in range(steps):
+            optimizer.step()
 
-# ---- on policy ----
-
-
-def sizes_of(quick: bool) -> tuple[int, int, int, int, int, int]:
-    """Vocabulary, width, layers of the student (the teacher has twice as many), batch, tokens of a prompt, new tokens."""
-    return (400, 32, 1, 2, 6, 6) if quick else (32_000, 256, 4, 8, 64, 64)
-
-
-def pair_of(quick: bool) -> tuple[nn.Module, nn.Module, Tensor]:
-    """(teacher, student, prompts), the same in every process."""
-    vocabulary, width, layers, batch, prompt, new = sizes_of(quick)
-    teacher, student = (llama(vocabulary, count, width, prompt + new, seed) for seed, count in enumerate((2 * layers, layers)))
-    return teacher.eval(), student, torch.randint(1, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(5))
-
-
-def written(quick: bool, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """(tokens, labels) of a fixed text behind the prompts, for the check."""
-    vocabulary, _, _, batch, prompt, new = sizes_of(quick)
-    texts = torch.randint(1, vocabulary, (batch, new), generator=torch.Generator().manual_seed(6))
-    tokens = torch.cat([prompts, texts], 1)
-    return tokens, tokens.masked_fill(torch.arange(prompt + new) < prompt, -100)
-
-
-def whole_logits(student: nn.Module, teacher: nn.Module, tokens: Tensor, labels: Tensor, loss: Any) -> Tensor:
-    """The loss of GKD's trainer: both models' logits, shifted."""
-    mask = torch.ones_like(tokens)
-    own = student(input_ids=tokens, attention_mask=mask).logits[:, :-1]
-    with torch.no_grad():
-        other = teacher(input_ids=tokens, attention_mask=mask).logits[:, :-1]
-    return loss(own, other, labels[:, 1:])
-
-
-def plain_loss(own: Tensor, other: Tensor, labels: Tensor) -> Tensor:
-    """Forward KL, a mean over what is scored."""
-    rows = F.kl_div(torch.log_softmax(own, -1), torch.log_softmax(other, -1), reduction="none", log_target=True).sum(-1)
-    kept = labels != -100
-    return (rows * kept).sum() / kept.sum()
-
-
-def hugging_face_step(quick: bool, trl: bool) -> tuple[Callable[[], Any], Callable[[Tensor, Tensor], Tensor], nn.Module]:
-    """(a step, the loss of a fixed text, the student) with Hugging Face's generate; with TRL's own functions, or without TRL."""
-    from transformers import GenerationConfig
-
-    teacher, student, prompts = pair_of(quick)
-    new = sizes_of(quick)[-1]
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
-    config = GenerationConfig(max_new_tokens=new, min_new_tokens=new, **options)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0)
-    given = {"prompts": prompts, "prompt_attention_mask": torch.ones_like(prompts)}
-    loss: Any = plain_loss
-    if trl:
-        from trl.experimental.gkd import GKDTrainer
-
-        loss = partial(_trl_loss, GKDTrainer.generalized_jsd_loss)
-
-    def write() -> tuple[Tensor, Tensor]:
-        student.eval()
-        with torch.no_grad():
-            if trl:
-                tokens, _, labels = GKDTrainer.generate_on_policy_outputs(student, given, config)
-            else:
-                tokens = student.generate(prompts, attention_mask=given["prompt_attention_mask"], generation_config=config)
-                labels = tokens.masked_fill(torch.arange(tokens.shape[1]) < prompts.shape[1], -100)
-        student.train()
-        assert int((labels != -100).sum()) == prompts.shape[0] * new
-        return tokens, labels
-
-    def step() -> None:
-        tokens, labels = write()
-        optimizer.zero_grad()
-        whole_logits(student, teacher, tokens, labels, loss).backward()
-        optimizer.step()
-
-    return step, lambda tokens, labels: whole_logits(student, teacher, tokens, labels, loss), student
-
-
-def _trl_loss(loss: Any, own: Tensor, other: Tensor, labels: Tensor) -> Tensor:
-    return loss(student_logits=own, teacher_logits=other, labels=labels, beta=0.0)
-
-
-def limbeck_step(quick: bool, steps: int) -> tuple[Callable[[], Any], Callable[[Tensor, Tensor], Tensor], nn.Module]:
-    """The same of limbeck: all `steps` at once through its engine."""
-    from limbeck.data.batch import Batch
-    from limbeck.knowledge.methods.distillspec import DistillSpec
-    from limbeck.knowledge.teachers import FrozenTeacher
-
-    teacher, student, prompts = pair_of(quick)
-    vocabulary, _, _, batch, prompt, new = sizes_of(quick)
-    data, task = job(vocabulary, prompt + new, written(quick, prompts)[0])
-    method = DistillSpec(on_policy=1.0, tokens=new, prompt=prompt, measured=0)
-    live = FrozenTeacher(teacher, ("law",), read=task.reader)
-    made, loop = program(method, student, live, data, task, batch, steps)
-
-    def run() -> None:
-        loop.run()
-        assert method.state["written"] == steps
-
-    def loss(tokens: Tensor, labels: Tensor) -> Tensor:
-        fixed = Batch({"input_ids": tokens}, labels, torch.arange(batch))
-        return method._distance(made.models.student(fixed), live(fixed))
-
-    return run, loss, student
-
-
-def child(arm: str, quick: bool, steps: int) -> dict[str, Any]:
-    """One arm: the check's figures, and seconds of a step."""
-    torch.set_num_threads(1)
-    try:
-        run, loss, student = limbeck_step(quick, steps) if arm == "limbeck" else hugging_face_step(quick, arm == PEER)
-    except ImportError as error:
-        return {"absent": str(error).splitlines()[0]}
-    student.train()
-    value = loss(*written(quick, pair_of(quick)[2]))
-    value.backward()
-    norm = float(torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm())
-    student.zero_grad()
-    begin = time.process_time()
-    for _ in range(1 if arm == "limbeck" else steps):
-        run()
-    return {"value": value.item(), "norm": norm, "seconds": (time.process_time() - begin) / steps}
-
-
-def on_policy(quick: bool, rounds: int, peer: str | None) -> dict[str, Any]:
-    """All arms in processes of their own, in turn."""
-    from common import middle
-
-    steps = 1 if quick else 2
-    pythons = {name: sys.executable for name in OWN} | ({PEER: peer} if peer else {})
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
-    for number in range(rounds):
-        for name in sorted(pythons, reverse=number % 2 > 0):
-            words = [pythons[name], __file__, "--arm", name, "--steps", str(steps), *(["--quick"] if quick else [])]
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{name}: {done.stderr}")
-            runs[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    sizes = dict(zip(("vocabulary", "width", "layers", "batch", "prompt", "new"), sizes_of(quick)))
-    found: dict[str, Any] = {"sizes": sizes}
-    for name, made in runs.items():
-        if "absent" in made[0]:
-            found[name] = made[0]
-            continue
-        for field in ("value", "norm"):
-            assert abs(made[0][field] / runs["limbeck"][0][field] - 1) < 1e-3, (name, field, made[0], runs["limbeck"][0])
-        speeds = [other["seconds"] / own["seconds"] for own, other in zip(runs["limbeck"], made)]
-        seconds = middle([run["seconds"] for run in made])
-        rate = round(sizes["batch"] * sizes["new"] / seconds, 1)
-        found[name] = {"step_s": round(seconds, 3), "tokens_a_second": rate, "limbeck_over": round(middle(speeds), 3)}
-    return found
+    return act
 
 
 # ---- speculative ----
@@ -330,8 +150,6 @@ def on_policy(quick: bool, rounds: int, peer: str | None) -> dict[str, Any]:
 
 def speculative(quick: bool, rounds: int) -> dict[str, Any]:
     """A distilled draft and one that was trained alone, before a trained target."""
-    from common import middle
-
     from limbeck.data.text import open_text
     from limbeck.decoding import speculative_report
     from limbeck.knowledge.methods.alone import Alone
@@ -369,34 +187,44 @@ def speculative(quick: bool, rounds: int) -> dict[str, Any]:
     return {**marks, "plain_ms_a_token": round(1e3 * plain, 3), "over_undistilled": round(middle(over), 3), "gamma": 4}
 
 
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lines of the table."""
+    rows = []
+    if kept := found.get("stored"):
+        text = f"bound {kept['bound_measured']}; reached {kept['speedup']}"
+        title = f"stored top-{kept['top']}: speed-up of a step, as a share of the bound"
+        rows.append(row(title, kept["share_of_bound"], TARGETS["share_of_bound"], higher=True, floor=text, iqr=kept["iqr"]))
+        text = f"bound {kept['bound_with_update']}: (F_T + 3 F_S + update) / (3 F_S + update); reached {kept['speedup']}"
+        title = f"stored top-{kept['top']}: the same, of the bound that counts the optimiser's update"
+        rows.append(row(title, kept["share_with_update"], None, higher=True, floor=text, iqr=kept["iqr_with_update"]))
+        text = f"{kept['top'] * 4 + 4}: half-precision values, 16-bit ids, the rest"
+        rows.append(row(f"stored top-{kept['top']}: bytes a token on disk", kept["bytes_a_token"], TARGETS["bytes_a_token"], floor=text))
+    if spoken := found.get("speculative"):
+        own = spoken["distilled"]
+        text = f"{own['block_efficiency']} tokens a pass of the target: the gain were the draft free"
+        title = "speculative decoding with a distilled draft over plain decoding of the target"
+        rows.append(row(title, own["over_plain"], TARGETS["over_plain_decoding"], higher=True, floor=text))
+        title = "speculative decoding with a distilled draft over the same draft trained alone"
+        rows.append(row(title, spoken["over_undistilled"], TARGETS["over_undistilled"], higher=True))
+    return rows
+
+
 def main() -> None:
     """Print one line of JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--peer")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("stored", "on_policy", "speculative"))
-    parser.add_argument("--arm", choices=(*OWN, PEER))
-    parser.add_argument("--steps", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.arm:
-        print(json.dumps(child(options.arm, options.quick, options.steps)))
-        return
-    from common import facts
-
-    rounds = 1 if options.quick else options.rounds
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--only", choices=("stored", "speculative"))
+    given = options.parse_args()
     parts = {
-        "stored": lambda: stored(options.quick, rounds),
-        "on_policy": lambda: on_policy(options.quick, rounds, options.peer),
-        "speculative": lambda: speculative(options.quick, rounds),
+        "stored": lambda: stored(given.quick, 1 if given.quick else given.rounds),
+        "speculative": lambda: speculative(given.quick, 1 if given.quick else 3),
     }
     found = {}
     for name, measure in parts.items():
-        if options.only in (None, name):
+        if given.only in (None, name):
             found[name] = measure()
             print(name, found[name], file=sys.stderr, flush=True)
-    print(json.dumps({"benchmark": "language", "quick": options.quick, "targets": TARGETS, **found, **facts()}))
+    say("language", given.quick, rows_of(found), targets=TARGETS, **found)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,11 @@ times as often; and looking at r times as many edges takes r times as many steps
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from common import facts, middle, spent
+from common import middle, parser, row, say, spent
 
 from limbeck.condensation.trees import Forest, frequent_sets
 from limbeck.data import open_data
@@ -49,10 +46,7 @@ def check(graphs: Sequence[Graph], copies: int) -> None:
 
 def main() -> None:
     """Print one line of JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
+    quick = parser(__doc__).parse_args().quick
     graphs = open_data("stdlib-graphs").train.graphs  # type: ignore[attr-defined]
     check(graphs[:60], 3)
     counts = (60, 120) if quick else COUNTS
@@ -70,9 +64,10 @@ def main() -> None:
         "graphs_a_second": round(counts[-1] / seconds[counts[-1]]),
         "slope": round(slope(counts, list(seconds.values())), 3),
         "targets": {"slope": 1.1},
-        **facts(),
     }
-    print(json.dumps({"benchmark": "mining", "quick": quick, **result}))
+    title = "mining of computation trees: slope of log time over log number of graphs"
+    note = f"{result['graphs_a_second']} graphs/s at {counts[-1]} graphs"
+    say("mining", quick, [row(title, result["slope"], 1.1, floor="1: linear", note=note)], **result)
 
 
 if __name__ == "__main__":

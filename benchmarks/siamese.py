@@ -8,13 +8,12 @@ equal results, and ours does.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import facts, middle, spent
+from common import absent, middle, parser, row, say, spent
+from peers import Absent, need, version
 from torch import Tensor
 
 from limbeck.condensation.siamese import Siamese
@@ -33,12 +32,13 @@ def kornia_pair(operation: Any, real: Tensor, synthetic: Tensor) -> tuple[Tensor
 
 def main() -> None:
     """Print one line of JSON."""
-    import kornia.augmentation as K
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
+    quick = parser(__doc__).parse_args().quick
+    peer = version("kornia")
+    try:
+        K = need("kornia.augmentation")
+    except Absent as why:
+        say("siamese", quick, [absent(f"one shared augmentation of two batches, {peer} over limbeck", str(why))])
+        return
     theirs: dict[str, Callable[[], Any]] = {
         "rotate": lambda: K.RandomRotation(15.0, same_on_batch=True, p=1.0),
         "scale": lambda: K.RandomAffine(0.0, scale=(1 / 1.2, 1.2), same_on_batch=True, p=1.0),
@@ -62,7 +62,12 @@ def main() -> None:
                 "kornia_ms": round(100 * middle(times["kornia"]), 3),
                 "kornia_over_limbeck": round(middle([k / max(o, 1e-9) for o, k in zip(times["limbeck"], times["kornia"])]), 2),
             }
-    print(json.dumps({"benchmark": "siamese", "quick": quick, **result, **facts()}))
+    title = f"one shared augmentation of two batches, {peer} over limbeck"
+    rows = []
+    for key, got in result.items():
+        note = f"{got['limbeck_ms']} against {got['kornia_ms']} ms"
+        rows.append(row(f"{title}: {key}", got["kornia_over_limbeck"], 1.0, higher=True, note=note))
+    say("siamese", quick, rows, **result)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,30 @@
-"""Cost of one `kd` step: limbeck's engine, and limbeck's loss in one's own loop, over the same loop written by hand.
+"""Cost of one `kd` step: limbeck's engine, limbeck's loss in one's own loop, and two peers, over the same loop written by hand.
 
-    python benchmarks/step_overhead.py [--case mlp|resnet|taps] [--quick] [--peer PATH]
+    python benchmarks/step_overhead.py [--case mlp|resnet|taps] [--quick] [--device cuda]
 
-Arms run in one process, a few steps each in turn, all with the same cosine schedule. Before any timing the losses of the first steps
-(three for mlp, whose later ones hold the gradients of those before; else one) must agree: to 1e-10 in float64 (not for taps) and to
-1e-6 in float32. `--peer` is the Python of an environment with torchdistill (see `peer_torchdistill.py`); its ratio is over the same
-hand-written loop in its own process.
+Cases: networks of three linear layers, 64 numbers in; resnet32x4 to resnet8x4 on 3x32x32; the same and three feature maps through 1x1
+convolutions. Batch 32. Peers: torchdistill's `forward_process` and `post_forward_process`, Model-Optimizer's `convert` and
+`compute_kd_loss`. All arms run in one process, a few steps each in turn, with the same cosine schedule.
+
+Checked first: the losses of the first steps (three for mlp, whose later ones hold the gradients of those before; else one) agree between
+all arms to 1e-10 in float64 (not for taps) and to 1e-6 in float32. Floor: a framework can cost nothing, so 1.0; beside it the step's
+operations at the rate of a matrix product.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
-import statistics
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
-from common import CLASSES, SHAPE, TASK, facts, resnets
+from common import CLASSES, SHAPE, TASK, absent, clock, floor_ms, flops, in_turn, milliseconds, over, parser, resnets, rotated, row, say
+from own_steps import Taps, bridges, own_loop, plain_soft
+from peer_steps import ALPHA, TEMPERATURE, Job, modelopt_step, torchdistill_step
+from peers import Absent, version
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,90 +33,35 @@ from limbeck.data.data import Data
 from limbeck.data.split import TensorSplit
 from limbeck.engine.clock import Clock
 from limbeck.engine.loop import Loop, Plan
-from limbeck.knowledge.distiller import Pair
 from limbeck.knowledge.methods.kd import KD
 from limbeck.knowledge.program import KnowledgeProgram
 from limbeck.knowledge.teachers import FrozenTeacher
 from limbeck.recipe import Training
-from limbeck.signals.signals import Signals
 
 TARGETS = {"mlp": 1.05, "resnet": 1.01, "taps": 1.02}
-BATCH, TEMPERATURE, ALPHA = 32, 4.0, 0.9
-Two = Callable[..., Tensor]
+BATCH = 32
+PEERS = {"torchdistill": (torchdistill_step, "torchdistill"), "modelopt": (modelopt_step, "nvidia-modelopt")}
+Arms = dict[str, Callable[[Batch], Tensor]]
 
 
-def pair(case: str) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
+class Layers(nn.Module):
+    """Three linear layers; no `nn.Sequential`, to which Model-Optimizer would add modules that are then called."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(64, width), nn.Linear(width, width), nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.head(F.relu(self.second(F.relu(self.first(x)))))
+
+
+def pair(case: str, quick: bool) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
     """Teacher, student and the shape of a sample."""
     torch.manual_seed(0)
     if case == "mlp":
-        teacher, student = (
-            nn.Sequential(nn.Linear(64, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, CLASSES)) for w in (64, 32)
-        )
-        return teacher, student, (64,)
-    teacher, student = resnets()
-    return teacher, student, SHAPE
-
-
-@dataclass
-class Taps(KD):
-    """kd and the mean squared distance of three feature maps, the student's through 1x1 convolutions."""
-
-    student_wants: ClassVar[tuple[str, ...]] = ("logits", "stages")
-    teacher_wants: ClassVar[tuple[str, ...]] = ("logits", "stages")
-
-    def setup(self, pair: Pair) -> None:
-        """One convolution a stage."""
-        sides = zip(pair.student_signals.stages, pair.teacher_signals.stages)
-        self.parts["bridges"] = bridges([(mine.shape[1], theirs.shape[1]) for mine, theirs in sides])
-
-    def loss(self, batch: Batch, student: Signals, teacher: Signals, clock: Clock) -> dict[str, Tensor]:
-        """`kl`, `ce`, `taps`."""
-        rows = zip(self.parts["bridges"], student.stages, teacher.stages)
-        return {**super().loss(batch, student, teacher, clock), "taps": sum(F.mse_loss(one(mine), theirs) for one, mine, theirs in rows)}
-
-
-def bridges(widths: list[tuple[int, int]]) -> nn.ModuleList:
-    """1x1 convolutions, the same each time."""
-    torch.manual_seed(1)
-    return nn.ModuleList(nn.Conv2d(mine, theirs, 1, bias=False) for mine, theirs in widths)
-
-
-def own_loop(teacher: nn.Module, student: nn.Module, soft: Two, hard: Two, total: int, taps: bool) -> Callable[[Batch], Tensor]:
-    """One step of a plain loop with the given two losses."""
-    teacher.eval().requires_grad_(False)
-    student.train()
-    parameters, told, said, done = list(student.parameters()), [], [], 0
-    if taps:
-        for model, kept in ((teacher, told), (student, said)):
-            for stage in list(model.stages):
-                stage.register_forward_hook(lambda module, given, output, kept=kept: kept.append(output))
-        projectors = bridges([(64 * 2**i, 64 * 2**i) for i in range(3)]).to(parameters[0].dtype)
-        parameters += projectors.parameters()
-    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
-
-    def step(batch: Batch) -> Tensor:
-        nonlocal done
-        told.clear(), said.clear()
-        optimizer.param_groups[0]["lr"] = 0.01 * 0.5 * (1 + math.cos(math.pi * done / total))
-        with torch.no_grad():
-            target = teacher(batch.inputs)
-        logits = student(batch.inputs)
-        loss = ALPHA * soft(logits, target, TEMPERATURE) + (1 - ALPHA) * hard(logits, batch.labels)
-        if taps:
-            loss = loss + sum(F.mse_loss(one(mine), theirs) for one, mine, theirs in zip(projectors, said, told))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        done += 1
-        return loss.detach()
-
-    return step
-
-
-def plain_soft(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) in torch's own words."""
-    logs, target = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)
-    return F.kl_div(logs, target, log_target=True, reduction="batchmean") * temperature**2
+        return Layers(64), Layers(32), (64,)
+    return *(resnets(8, 8, 1) if quick else resnets()), SHAPE
 
 
 class Interleaved(KnowledgeProgram):
@@ -130,7 +76,7 @@ class Interleaved(KnowledgeProgram):
         self.made, self.chunk, self.times, self.count = made, chunk, [], 0
         self.seen: list[Tensor] | None = None
         self.others = others or (lambda number: None)
-        self._begin = (time.process_time(), time.perf_counter())
+        self._begin = clock()
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """The batches of one pass over those made beforehand."""
@@ -149,100 +95,162 @@ class Interleaved(KnowledgeProgram):
 
     def note(self) -> None:
         """End of this arm's turn."""
-        self.times.append((time.process_time() - self._begin[0], time.perf_counter() - self._begin[1]))
+        now = clock()
+        self.times.append((now[0] - self._begin[0], now[1] - self._begin[1]))
         self.others(len(self.times))
-        self._begin = (time.process_time(), time.perf_counter())
+        self._begin = clock()
 
 
-def measure(case: str, quick: bool) -> dict[str, Any]:
-    """Ratios over the hand-written loop, medians over rounds; figures in milliseconds of process time a step."""
-    rounds, chunk = ((3, 2) if quick else (60, 20)) if case == "mlp" else ((1, 1) if quick else (3, 1))
-    size = 4 if quick and case != "mlp" else BATCH
-    taps, total = case == "taps", (rounds + 1) * chunk
-    first_teacher, first_student, shape = pair(case)
-    pictures, labels = torch.randn(8 * size, *shape), torch.randint(CLASSES, (8 * size,))
-    training = Training(steps=total, batch=size, optimizer="sgd", lr=0.01, nesterov=False, schedule="cosine", warmup=0)
+@dataclass
+class Case:
+    """One case, made in any dtype.
 
-    def sides(dtype: torch.dtype) -> tuple[list[Batch], Callable[[], Interleaved], Callable[[int], dict[str, Callable[[Batch], Tensor]]]]:
-        split = TensorSplit(pictures.to(dtype), labels)
-        made = [split.batch(torch.arange(i * size, (i + 1) * size)) for i in range(8)]
-        data = Data("random", split, split, input_shape=shape, classes=TASK.classes)
-        method = Taps if taps else KD
+    Attributes:
+        name: "mlp", "resnet" or "taps".
+        size: samples of a batch.
+        total: steps of the schedule.
+        device: where everything is.
+        quick: take small networks.
+    """
 
-        def two() -> tuple[nn.Module, nn.Module]:
-            return copy.deepcopy(first_teacher).to(dtype), copy.deepcopy(first_student).to(dtype)
+    name: str
+    size: int
+    total: int
+    device: str
+    quick: bool
 
-        def engine() -> Interleaved:
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
+    def __post_init__(self) -> None:
+        self.teacher, self.student, self.shape = pair(self.name, self.quick)
+        self.pictures, self.labels = torch.randn(8 * self.size, *self.shape), torch.randint(CLASSES, (8 * self.size,))
+        self.training = Training(steps=self.total, batch=self.size, optimizer="sgd", lr=0.01, nesterov=False, schedule="cosine", warmup=0)
+
+    @property
+    def taps(self) -> bool:
+        """Whether feature maps are compared."""
+        return self.name == "taps"
+
+    def batches(self, dtype: torch.dtype) -> list[Batch]:
+        """Eight batches."""
+        split = TensorSplit(self.pictures.to(dtype), self.labels)
+        return [split.batch(torch.arange(i * self.size, (i + 1) * self.size)).to(self.device) for i in range(8)]
+
+    def networks(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        """Copies of teacher and student."""
+        return tuple(copy.deepcopy(one).to(self.device, dtype) for one in (self.teacher, self.student))  # type: ignore[return-value]
+
+    def engine(self, dtype: torch.dtype) -> Interleaved:
+        """limbeck's program."""
+        method = Taps if self.taps else KD
+        split = TensorSplit(self.pictures.to(dtype), self.labels)
+        data = Data("random", split, split, input_shape=self.shape, classes=TASK.classes)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            teacher, student = self.networks(dtype)
+            frozen = FrozenTeacher(teacher, method.teacher_wants)
+            made = method(temperature=TEMPERATURE, alpha=ALPHA)
+            return Interleaved(made, student, frozen, data, TASK, self.training, device=self.device)
+        finally:
+            torch.set_default_dtype(before)
+
+    def arms(self, dtype: torch.dtype, total: int) -> tuple[Arms, dict[str, str]]:
+        """Steps of the other arms, and why some are missing."""
+        wide = (16 if self.quick else 64) if self.taps else 0
+        made: Arms = {
+            "hand": own_loop(*self.networks(dtype), plain_soft, F.cross_entropy, total, wide),
+            "limbeck_loss": own_loop(*self.networks(dtype), TASK.soft_loss, partial(TASK.hard_loss, complete=True), total, wide),
+        }
+        stages = tuple(f"stages.{i}" for i in range(3)) if self.taps else ()
+        widths = bridges([(wide * 2**i, wide * 2**i) for i in range(3)]) if self.taps else nn.ModuleList()
+        job = Job(*self.networks(dtype), "taps" if self.taps else "kd", stages, stages, widths.to(self.device, dtype))
+        missing = {}
+        for name, (make, _) in PEERS.items():
             try:
-                teacher, student = two()
-                frozen = FrozenTeacher(teacher, method.teacher_wants)
-                return Interleaved(method(temperature=TEMPERATURE, alpha=ALPHA), student, frozen, data, TASK, training)
-            finally:
-                torch.set_default_dtype(before)
+                step = make(job, total)
+            except Absent as why:
+                missing[name] = str(why)
+            else:
+                made[name] = lambda batch, step=step: step(batch.inputs, batch.labels)
+        return made, missing
 
-        def arms(total: int) -> dict[str, Callable[[Batch], Tensor]]:
-            return {
-                "hand": own_loop(*two(), plain_soft, F.cross_entropy, total, taps),
-                "limbeck_loss": own_loop(*two(), TASK.soft_loss, TASK.hard_loss, total, taps),
-            }
 
-        return made, engine, arms
-
+def check(case: Case) -> None:
+    """Equal losses of all arms."""
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-6)):
-        if taps and dtype is torch.float64:
+        if dtype is torch.float64 and (case.taps or case.device != "cpu"):
             continue  # the projectors are drawn in one dtype; kd's part is compared in float64 in the case resnet
-        made, engine, arms = sides(dtype)
-        steps = 1 if case != "mlp" else min(3, total)
-        program = engine()
+        made, steps = case.batches(dtype), 1 if case.name != "mlp" else min(3, case.total)
+        program = case.engine(dtype)
         program.prepare(made)
         program.seen = []
-        Loop(program, Plan(training, steps)).run()
-        for name, step in arms(steps).items():
+        Loop(program, Plan(case.training, steps)).run()
+        for name, step in case.arms(dtype, steps)[0].items():
             for i, ours in enumerate(map(float, program.seen)):
                 value = float(step(made[i]))
                 assert math.isclose(value, ours, rel_tol=tolerance), f"{name} step {i} in {dtype}: {value} against {ours}"
 
-    steps, times = arms(total), {name: [] for name in ("hand", "limbeck_loss")}
+
+def measure(name: str, quick: bool, device: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures of a case, and its rows: ratios over the hand-written loop, medians over rounds."""
+    rounds, chunk = ((4, 2) if quick else (120, 20)) if name == "mlp" else ((1, 1) if quick else (11, 1))
+    case = Case(name, 4 if quick and name != "mlp" else BATCH, (rounds + 1) * chunk, device, quick)
+    check(case)
+    (steps, missing), made = case.arms(torch.float32, case.total), case.batches(torch.float32)
+    times: dict[str, list[tuple[float, float]]] = {arm: [] for arm in steps}
 
     def others(number: int) -> None:
-        names = list(steps)
-        for name in names[number % 2 :] + names[: number % 2]:
-            begin = (time.process_time(), time.perf_counter())
+        for arm in rotated(steps, number):
+            begin = clock()
             for i in range(chunk):
-                steps[name](made[((number - 1) * chunk + i) % 8])
-            times[name].append((time.process_time() - begin[0], time.perf_counter() - begin[1]))
+                steps[arm](made[((number - 1) * chunk + i) % 8])
+            end = clock()
+            times[arm].append((end[0] - begin[0], end[1] - begin[1]))
 
-    program = engine()
+    program = case.engine(torch.float32)
     program.prepare(made, chunk, others)
-    Loop(program, Plan(training, total)).run()
+    Loop(program, Plan(case.training, case.total)).run()
     times["limbeck"] = program.times
-    result: dict[str, Any] = {"target": TARGETS[case], "floor": 1.0}
-    for name in ("hand", "limbeck_loss", "limbeck"):
-        pairs = list(zip(times[name], times["hand"]))
-        result[name] = {
-            "ms": round(1e3 * statistics.median(t[0] for t in times[name]) / chunk, 4),
-            "ratio": round(statistics.median(a[0] / b[0] for a, b in pairs), 4),
-            "ratio_wall": round(statistics.median(a[1] / b[1] for a, b in pairs), 4),
-        }
-    return result | {"rounds": len(program.times), "steps_per_round": chunk}
+    if rounds > 1:  # in the first one caches are cold, and the engine measures the gradient of each term
+        times = {arm: values[1:] for arm, values in times.items()}
+    limit = floor_ms(flops(lambda: case.arms(torch.float32, 1)[0]["hand"](made[0])))
+    found: dict[str, Any] = {"target": TARGETS[name], "floor": limit, "steps_per_round": chunk}
+    rows = []
+    for arm in ("hand", "limbeck", "limbeck_loss", *PEERS):
+        what = f"{name}: {version(PEERS[arm][1]) + ' (peer)' if arm in PEERS else arm} over the hand-written loop"
+        if arm in missing:
+            found[arm] = {"absent": missing[arm]}
+            rows.append(absent(what, missing[arm]))
+            continue
+        found[arm] = milliseconds(times[arm], chunk) | over(times, arm, "hand")
+        if arm != "hand":
+            text = f"1.0; a step of {limit['gflop']} Gflop cannot take less than {limit['ms']} ms, the loop takes {found['hand']['ms']} ms"
+            target = None if arm in PEERS else TARGETS[name]
+            rows.append(row(what, found[arm]["ratio"], target, floor=text, iqr=found[arm]["iqr"]))
+    if name == "resnet":
+        rows.append(row(*watching(case, 1 if quick else 5, found)))
+    return found, rows
+
+
+def watching(case: Case, rounds: int, found: dict[str, Any]) -> tuple[str, float]:
+    """What it costs when the engine measures the gradient of each term: title and figure."""
+
+    def steps(watch: int) -> Callable[[], object]:
+        program = case.engine(torch.float32)
+        program.prepare(case.batches(torch.float32))
+        return Loop(program, Plan(case.training, 2, watch=watch)).run
+
+    times = in_turn({"plain": lambda: steps(0), "watched": lambda: steps(1)}, rounds)
+    found["watched"] = gain = over(times, "watched", "plain")
+    return "resnet: a step in which each term's gradient is measured over one without (at most every 50th step)", gain["ratio"]
 
 
 def main() -> None:
     """Print one line of JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--case", choices=[*TARGETS], action="append")
-    parser.add_argument("--peer", help="the Python of an environment with torchdistill")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    cases = {case: measure(case, options.quick) for case in options.case or TARGETS}
-    peer: dict[str, Any] = {"torchdistill": None, "why": "no --peer"}
-    if options.peer:
-        command = [options.peer, str(Path(__file__).with_name("peer_torchdistill.py")), *(["--quick"] if options.quick else [])]
-        peer = {"torchdistill": json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)}
-    print(json.dumps({"benchmark": "step_overhead", "quick": options.quick, **cases, **peer, **facts()}))
+    options = parser(__doc__, cuda=True)
+    options.add_argument("--case", choices=[*TARGETS], action="append")
+    given = options.parse_args()
+    cases = {case: measure(case, given.quick, given.device) for case in given.case or TARGETS}
+    say("step_overhead", given.quick, [one for _, rows in cases.values() for one in rows], **{k: v for k, (v, _) in cases.items()})
 
 
 if __name__ == "__main__":

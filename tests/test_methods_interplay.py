@@ -507,7 +507,7 @@ def test_a_dual_heads_folder_runs_no_code_that_it_names(digits, tmp_path):
         ("zoo:dual-head", "runs no code"),
     ):
         args = {"network": "python:os:getcwd"} if inner == "zoo:dual-head" else {}
-        (folder / "config.json").write_text(json.dumps({**note, "args": {**note["args"], "network": inner, "args": args}}))
+        (folder / "config.json").write_text(json.dumps({**note, "args": {**note["args"], "network": inner, "args": args}, "digest": None}))
         with pytest.raises(UserError, match=message):
             zoo.load_model(folder)
 

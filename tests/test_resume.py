@@ -66,8 +66,9 @@ def test_kill_and_resume_is_bit_identical(place, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(100, 150))
+@pytest.mark.parametrize("number", range(100, 110))
 def test_kill_many_times(place, number):
+    """Whole processes, as a user starts them; `test_faults_kill.py` kills forked ones, of every kind of work, many more times."""
     killed_and_resumed(place, number)
 
 

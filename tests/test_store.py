@@ -208,3 +208,62 @@ def test_model_fingerprint_follows_weights_and_class():
     with torch.no_grad():
         b.bias[0] += 1e-6
     assert model_fingerprint(a) != model_fingerprint(b)
+
+
+def test_shards_of_others_are_taken_once_and_gaps_are_filled_in_order(tmp_path, rows):
+    """What a worker wrote beside the store is moved in; rows fill the gaps; the result is that of one writer, byte for byte."""
+    whole(tmp_path / "straight", rows)
+    (tmp_path / "mixed").mkdir()
+
+    def part(number):
+        made = tmp_path / "mixed" / f".part-{number}"
+        made.write_bytes((tmp_path / "straight" / f"shard-{number:06d}.safetensors").read_bytes())
+        return made
+
+    first = writer(tmp_path / "mixed")
+    digests = [shard.sha256 for shard in writer(tmp_path / "straight").manifest().shards]
+    first.commit(2, digests[2], part(2))
+    first.commit(0, digests[0], part(0))
+    first.commit(0, digests[0], part(0))
+    assert first.missing() == [1, 3] and first.stored == 32 and first.next_index == 16
+    assert not list((tmp_path / "mixed").glob(".part-*"))
+    with pytest.raises(UserError, match="32 of 50"):
+        first.finish()
+    again = writer(tmp_path / "mixed")
+    assert again.missing() == [1, 3] and again.next_index == 16
+    again.write(torch.arange(16, 20), {name: value[16:20] for name, value in rows.items()})
+    again.commit(1, digests[1], part(1))  # somebody else was faster
+    assert again.next_index == 48
+    fill(again, rows)  # everything again: only the gap is taken
+    again.finish()
+    files = {path.name: path.read_bytes() for path in (tmp_path / "straight").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "mixed").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["shards"][1].update(file="../elsewhere.safetensors"),
+        lambda m: m["shards"].reverse(),
+        lambda m: m["shards"].append(dict(m["shards"][0])),
+        lambda m: m["shards"][0].update(count=15),
+        lambda m: m.update(samples="50"),
+        lambda m: m.update(k=7),
+        lambda m: m.update(preprocessing="other"),
+        lambda m: m.update(more=1),
+        lambda m: m["signals"].update(logits=[-1]),
+        lambda m: m.pop("shards"),
+        lambda m: m.pop("digest"),
+    ],
+)
+def test_an_altered_manifest_is_refused(tmp_path, rows, change):
+    import json
+
+    folder = whole(tmp_path / "s", rows)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    for open_it in (Store, writer):
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            open_it(folder)

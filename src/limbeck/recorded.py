@@ -2,26 +2,84 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue, ValidationError, model_validator
+
 from limbeck import recipe as schema
 from limbeck.errors import UserError
+from limbeck.places import user_path
+from limbeck.storage import read_json
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    key: str
+    name: str
+    cells: list[str]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    head: list[str]
+    rows: list[_Row]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str | None = None
+    classes: list[str] = []
+    input_shape: list[int] | None = None
+    fingerprint: str | None = None
+
+
+class _Score(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    accuracies: list[FiniteFloat] = [0.0]
+
+
+class _Summary(BaseModel):
+    """What others read of a summary, strictly; more may stand in it."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str = ""
+    method: str
+    wing: str
+    seed: int
+    primary: str
+    seconds: FiniteFloat
+    metrics: dict[str, dict[str, FiniteFloat]]
+    cost: dict[str, dict[str, JsonValue] | None] = {}
+    data: _Data | None = None
+    versions: dict[str, str] = {}
+    table: _Table | None = None
+    agreement: dict[str, FiniteFloat] = {}
+    scores: dict[str, dict[str, _Score]] = {}
+
+    @model_validator(mode="after")
+    def _has_its_figure(self) -> _Summary:
+        if self.primary not in self.metrics.get("student", {}):
+            raise ValueError(f"metrics.student has no {self.primary}")
+        return self
 
 
 def run_of(path: str | Path) -> Path | None:
     """The folder of the run that a path is, or that an artifact's folder lies in; None where there is none."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     return next((folder for folder in (path, path.parent) if (folder / "recipe.yaml").is_file()), None)
 
 
 def recipe_of(run: Path, changes: Sequence[str] = ()) -> schema.Recipe:
     """The resolved recipe of a run, with `key=value` overrides."""
-    file = run / "recipe.yaml"
-    return schema.resolve(schema.parse_yaml(file.read_text(encoding="utf-8"), str(file)), str(file), list(changes))
+    return schema.load(run / "recipe.yaml", list(changes))
 
 
 def recipe_again(path: str | Path, changes: Sequence[str], block: str) -> tuple[Path, schema.Recipe]:
@@ -58,10 +116,15 @@ def summary_of(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "summary.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no finished run", f"there is no {os.fspath(path)}; `limbeck run ... --resume` finishes a run")
+    again = "run again with --resume to write it anew"
+    found = read_json(path, again)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} cannot be read", "run again with --resume to write it anew") from None
+        _Summary.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is not the summary of a run: {where + ': ' if where else ''}{first['msg']}", again) from None
+    return found
 
 
 def summary_if_finished(run: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck import recipe as schema
 from limbeck.errors import UserError
+from limbeck.places import user_path
 from limbeck.recorded import recipe_of, run_of, summary_if_finished
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def open_saved(path: str | Path, model: str | None = None) -> Saved:
     """
     from limbeck import zoo
 
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_dir():
         raise UserError(
             f"there is no folder {path}", "give the folder of a run, such as runs/digits-kd-001, or the student/ folder inside it"

@@ -33,9 +33,9 @@ class Method(Strict):
             return {"id": value}
         if isinstance(value, Mapping):
             value = dict(value)
-            settings = dict(value.pop("settings", None) or {})
+            settings = value.pop("settings", None) or {}
             id = value.pop("id", "kd")
-            return {"id": id, "settings": {**settings, **value}}
+            return {"id": id, "settings": {**settings, **value} if isinstance(settings, Mapping) else settings}
         return value
 
 

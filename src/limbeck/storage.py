@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 20
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until what was renamed in a folder is on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -41,20 +43,48 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names no file
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+def sweep(folder: Path, below: bool = True) -> None:
+    """Remove the temporary files that killed writers left in a folder (and those below it); whoever calls it is the only writer there."""
+    for path in folder.rglob(".*.tmp") if below else folder.glob(".*.tmp"):
+        if path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """`write_bytes` for UTF-8 text."""
-    write_bytes(path, text.encode("utf-8"))
+    """`write_bytes` for UTF-8 text. Bytes of a file name that are no text are written as escapes, which JSON reads back."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """`write_bytes` for JSON, indented, keys in the order given. NaN is refused: strict readers cannot parse it."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, hint: str = "restore or remake it") -> Any:
+    """The value of a JSON file.
+
+    Args:
+        path: the file.
+        hint: how to mend it.
+
+    Raises:
+        UserError: it is missing, cannot be read, is no UTF-8, no JSON, or nested too deeply to be anybody's.
+    """
+    try:
+        return json.loads(Path(path).read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", hint) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}", hint) from None
 
 
 def sha256(content: bytes | Path) -> str:
@@ -120,5 +150,5 @@ def load_tensors(path: str | Path, expected_sha256: str | None = None) -> dict[s
         raise UserError(f"{path} is torn or was altered: its checksum differs from the recorded one", "restore or remake it")
     try:
         return load(content)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:  # the last five: of an odd header
         raise UserError(f"{path} is not a readable safetensors file: {error}", "restore or remake it") from None

@@ -14,8 +14,10 @@ from typing import Any
 
 from limbeck import recipe as schema
 from limbeck import storage
-from limbeck.errors import UserError
+from limbeck.errors import Fault, UserError
 from limbeck.evaluation.comparison import Comparison
+from limbeck.scaling.sizing import Sizing
+from limbeck.trial_runs import Trial, finished, outcomes
 
 Say = Callable[[str], None]
 """Told about progress, a line at a time."""
@@ -48,12 +50,13 @@ def compare(
     changes: Iterable[str] = (),
     out: str | Path | None = None,
     given: Mapping[str, Any] | None = None,
+    sizing: Sizing = Sizing(),  # noqa: B008 (frozen)
     say: Say = lambda line: None,
 ) -> Comparison:
     """Run several methods on one recipe, each with every seed, and set them side by side.
 
     The first method is the reference of the paired differences. Finished runs in `out` are not repeated, unfinished ones go on, so
-    an interrupted comparison is continued by the same call.
+    an interrupted comparison is continued by the same call. A run that fails is a row with a status of its own; the others go on.
 
     Args:
         recipe: an embedded recipe's name, a file, a mapping or a `Recipe`.
@@ -62,7 +65,12 @@ def compare(
         changes: `a.b=c` overrides for all.
         out: folder of the runs and results; None for the next free `runs/<name>-compare-<number>`.
         given: objects for "teacher", "student", "data".
+        sizing: who computes: this process, processes of this machine (`Sizing(workers=2)`), or Ray (`Sizing("ray")`); the figures are
+            the same.
         say: told about progress.
+
+    Raises:
+        UserError: anything that the user can mend; what the first run complains of, when no run could be finished.
     """
     from limbeck.run import new_folder
 
@@ -85,33 +93,75 @@ def compare(
         arms[text] = changed(base, {"method": {"id": id, "settings": kept}, "baseline": False, "ceiling": False})
         check_settings(arms[text])
     folder = Path(out) if out is not None else new_folder(base.model_copy(update={"method": schema.Method(id="compare")}))
+    trials = [
+        Trial(text, changed(arm, {"seed": seed}), folder / "runs" / f"{_plain(text)}-seed{seed}")
+        for seed in seeds
+        for text, arm in arms.items()
+    ]
+    ends: dict[int, dict[str, Any]] = {}
+    for place, end in outcomes(trials, sizing, given, folder, say):
+        ends[place] = end
+        say(f"[{len(ends)}/{len(trials)}] {trials[place]}: {_line(end)}")
     result = Comparison(reference=methods[0])
-    done, total = 0, len(seeds) * len(arms)
-    for seed in seeds:
-        for text, arm in arms.items():
-            own = changed(arm, {"seed": seed})
-            summary = finished(folder / "runs" / f"{_plain(text)}-seed{seed}", own, given)
-            done += 1
-            figures = summary["metrics"]["student"]
-            result.add(text, seed, figures, label=text, seconds=summary["seconds"])
-            result.metric = result.metric or summary["primary"]
-            say(f"[{done}/{total}] {text} seed {seed}: {summary['primary']} {figures[summary['primary']]:.4f} ({summary['seconds']:.1f} s)")
+    for place, one in enumerate(trials):
+        _add(result, one, ends[place])
+    if not result.metric:
+        raise failure(result) or UserError("no run was finished")
     write_comparison(folder, result, base)
     return result
+
+
+def _line(end: Mapping[str, Any]) -> str:
+    if "metrics" not in end:
+        return f"failed: {end['message']}"
+    return f"{end['primary']} {end['metrics']['student'][end['primary']]:.4f} ({end['seconds']:.1f} s)"
+
+
+def _add(result: Comparison, one: Trial, end: Mapping[str, Any]) -> None:
+    if "metrics" not in end:
+        result.add(one.label, one.recipe.seed, {}, status=f"failed: {end['message']}")
+        result.failed.append({"run": str(one), **end})
+        return
+    result.add(one.label, one.recipe.seed, end["metrics"]["student"], seconds=end["seconds"])
+    result.metric = result.metric or end["primary"]
+
+
+def failure(result: Comparison) -> Exception | None:
+    """What is to be said of the runs of a comparison that failed; None where all were finished.
+
+    Returns:
+        a `UserError` where the user can mend them, else `limbeck.errors.Fault`.
+    """
+    failed = result.failed
+    if not failed:
+        return None
+    worst = next((end for end in failed if end["status"] == "fault"), failed[0])
+    share = f"{len(failed)} of {len(result.rows)} runs failed; {worst['run']}: {worst['message']}"
+    if worst["status"] == "fault":
+        return Fault(share, worst["trace"])
+    hint = worst.get("hint") or "give each run more memory or fewer workers"
+    if len(failed) == len(result.rows):
+        return UserError(worst["message"], hint)
+    return UserError(share, f"{hint}; the same command with --out tries them again, finished runs are kept")
 
 
 def write_comparison(folder: Path, result: Comparison, base: schema.Recipe) -> None:
     """comparison.json, .csv, .md, report.html, and .parquet where pyarrow is installed."""
     import importlib.util
 
+    from filelock import FileLock
+
     from limbeck.report.page import write_comparison_report
 
-    result.to_json(folder / "comparison.json")
-    result.to_csv(folder / "comparison.csv")
-    storage.write_text(folder / "comparison.md", result.to_markdown() + "\n")
-    if importlib.util.find_spec("pyarrow"):
-        result.to_parquet(folder / "comparison.parquet")
-    write_comparison_report(folder / "report.html", result, f"{base.name}: methods side by side", base.to_yaml())
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        storage.sweep(folder, below=False)
+        result.to_json(folder / "comparison.json")
+        result.to_csv(folder / "comparison.csv")
+        storage.write_text(folder / "comparison.md", result.to_markdown() + "\n")
+        if importlib.util.find_spec("pyarrow"):
+            result.to_parquet(folder / "comparison.parquet")
+        write_comparison_report(folder / "report.html", result, f"{base.name}: methods side by side", base.to_yaml())
 
 
 def _plain(text: str) -> str:
@@ -142,19 +192,6 @@ def _merge(raw: dict[str, Any], keys: Sequence[str], value: Any) -> None:
             _merge(raw[last], [inner], item)
     else:
         raw[last] = value
-
-
-def finished(folder: Path, recipe: schema.Recipe, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The summary of a run in `folder`: read when it is finished, resumed when it is not, started when there is none."""
-    from limbeck.recorded import summary_of
-    from limbeck.run import binding, execute
-
-    resume = (folder / "recipe.yaml").is_file()
-    if resume and (folder / "summary.json").is_file():
-        old = schema.resolve(schema.parse_yaml((folder / "recipe.yaml").read_text("utf-8"), str(folder)))
-        if binding(old) == binding(recipe):
-            return summary_of(folder)
-    return execute(recipe.model_copy(update={"trackers": []}), folder, resume=resume, given=given, report=False).summary
 
 
 # ---- evidence ----

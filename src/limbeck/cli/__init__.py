@@ -55,7 +55,8 @@ def _other(error: Exception) -> int:
         return _complain(printable(error.format_message()), f"`{path} --help` explains the command")  # type: ignore[attr-defined]
     if (known := of_system(error)) is not None:
         return _complain(known.message, known.hint)
-    if asked() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in ("closed by peer", "reset by peer", "Broken pipe")):
+    lost = ("closed by peer", "reset by peer", "Broken pipe")
+    if asked() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in lost):
         print(f"error: process {number()} stops, because another process stopped; see what that one said", file=sys.stderr)
         return 1
     return _our_fault(error)

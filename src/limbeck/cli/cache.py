@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from limbeck.errors import visible
+
 
 def cache(
     recipe: Annotated[str, typer.Argument(help="An embedded recipe's name (`limbeck recipes`) or a YAML file.")],
@@ -25,6 +27,18 @@ def cache(
             help="What to store, with commas: logits, embedding, stages, or module paths. By default what the recipe's method reads."
         ),
     ] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows a file; by default 1024 samples or 16384 tokens, and more for large sets.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local (this process), or ray (many workers, also on many machines).")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --engine ray: how many; by default as many as there is room for.")
+    ] = None,
+    worker_cpus: Annotated[float | None, typer.Option(help="With --engine ray: processors for each worker.")] = None,
+    worker_gpus: Annotated[float | None, typer.Option(help="With --engine ray: GPUs for each worker, also parts of one.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="With --engine ray: a running cluster, auto or HOST:PORT; without it one is started here.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress line.")] = False,
 ) -> None:
     """Store a teacher's outputs once, to train from them many times without running it.
@@ -37,10 +51,13 @@ def cache(
 
     Examples: limbeck cache digits --out stores/digits | limbeck cache lm --out stores/lm --form topk --top-k 64
 
+    limbeck cache digits --out stores/digits --engine ray --workers 4   (docs/scale-ray.md)
+
     limbeck run digits --set teacher.store=stores/digits   (trains from what was stored)
     """
     from limbeck import recipe as schema
     from limbeck.errors import UserError, unknown
+    from limbeck.scaling.sizing import Sizing
 
     changes = list(set or [])
     checked = schema.load(recipe, changes)
@@ -48,6 +65,14 @@ def cache(
         raise unknown("form", form, ("float16", "float32", "topk"))
     if (form == "topk") != (top_k is not None):
         raise UserError("--form topk and --top-k go together", "for example --form topk --top-k 8")
+
+    sizing = Sizing(engine, workers, worker_cpus, worker_gpus, address)
+    if engine == "local" and workers is not None:
+        raise UserError("--workers is for --engine ray", "add --engine ray, or leave it away")
+    if engine == "ray":
+        from limbeck.scaling.cluster import ready
+
+        ready(sizing)
 
     from limbeck.cli.progress import Progress
     from limbeck.engine.loop import Interrupted
@@ -66,9 +91,23 @@ def cache(
         names = [name.strip() for name in signals.split(",") if name.strip()] if signals is not None else None
         if names == []:
             raise UserError("--signals names nothing", "for example --signals logits,embedding")
-        done = store_teacher(checked, out, session, form=form, k=top_k, signals=names or (), callbacks=callbacks, announce=say)  # type: ignore[arg-type]
+        done = store_teacher(
+            checked,
+            out,
+            session,
+            form=form,  # type: ignore[arg-type]
+            k=top_k,
+            signals=names or (),
+            shard_rows=shard_rows,
+            sizing=sizing,
+            callbacks=callbacks,
+            announce=say,
+            say=lambda line: typer.echo(visible(line), err=True),
+        )
     except (Interrupted, KeyboardInterrupt):
+        more = [*(["--shard-rows", str(shard_rows)] if shard_rows else []), *sizing.words()]
         options = f" --form {form}" + (f" --top-k {top_k}" if top_k else "") + (f" --signals {shlex.quote(signals)}" if signals else "")
+        options += "".join(f" {shlex.quote(word)}" for word in more)
         typer.echo("interrupted; what was finished is kept", err=True)
         typer.echo(f"go on with: limbeck cache {shlex.quote(recipe)}{given} --out {shlex.quote(str(out))}{options}", err=True)
         raise typer.Exit(130) from None
@@ -77,5 +116,5 @@ def cache(
             callback.close()
     mark = "already complete: " if done.found else ""
     size = f"{done.samples} {done.rows}, {done.bytes_per_sample} bytes a {done.rows[:-1]}"
-    print(f"{mark}{size}, {human(done.bytes, 'B')} in {done.folder}")
-    print(f"train from it: limbeck run {shlex.quote(recipe)}{given} --set teacher.store={shlex.quote(str(done.folder))}")
+    print(visible(f"{mark}{size}, {human(done.bytes, 'B')} in {done.folder}"))
+    print(visible(f"train from it: limbeck run {shlex.quote(recipe)}{given} --set teacher.store={shlex.quote(str(done.folder))}"))

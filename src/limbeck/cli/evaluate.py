@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from limbeck.errors import UserError
+from limbeck.errors import UserError, visible
 
 
 def evaluate(
@@ -82,7 +82,7 @@ def _judge(path: Path, changes: list[str], json: bool) -> None:
         table.add_row(name, now, ABSENT if before is None else percent(before), f"{score['lr']:g}")
     Console().print(table)
     parts = ", ".join(f"{name} {size}" for name, size in found["bytes"].items())
-    print(f"{found['samples']} samples, {human(sum(found['bytes'].values()), 'B')} ({parts})")
+    print(visible(f"{found['samples']} samples, {human(sum(found['bytes'].values()), 'B')} ({parts})"))
 
 
 def _draw_again(path: Path, changes: list[str], json: bool, inception: Path | None) -> None:
@@ -106,9 +106,9 @@ def _draw_again(path: Path, changes: list[str], json: bool, inception: Path | No
         shares = (percent(figures["precision"], 0), percent(figures["recall"], 0), percent(figures.get("class_accuracy")))
         table.add_row(steps, str(found["calls"][steps]), *cells, *shares)
     Console().print(table)
-    print(f"real training pictures are at distance {found['floor']['feature_distance']:.4g}")
+    print(visible(f"real training pictures are at distance {found['floor']['feature_distance']:.4g}"))
     for steps, value in found.get("inception_fid", {}).items():
-        print(f"Inception FID at {steps} step{'s' if int(steps) > 1 else ''}: {value:.4g}")
+        print(visible(f"Inception FID at {steps} step{'s' if int(steps) > 1 else ''}: {value:.4g}"))
 
 
 def _render_again(path: Path, changes: list[str], json: bool) -> None:
@@ -149,8 +149,8 @@ def _print(found: dict[str, Any]) -> None:
         table.add_row(name.replace("_", " "), figure(name, value), *beside)
     Console().print(table)
     work = f"{human(cost['flops'], 'FLOP')}, {milliseconds(cost['latency_ms'])} for one sample on {cost['device']}"
-    print(f"{human(cost['params'])} parameters, {work}, {human(cost['bytes'], 'B')} on disk")
-    print(f"measured on {found['data']['test']} test samples of {found['data']['name']}")
+    print(visible(f"{human(cost['params'])} parameters, {work}, {human(cost['bytes'], 'B')} on disk"))
+    print(visible(f"measured on {found['data']['test']} test samples of {found['data']['name']}"))
     if recorded:
         worst = max((abs(value - recorded[name]) for name, value in found["metrics"].items() if name in recorded), default=0.0)
         if worst < 1e-6:
@@ -158,4 +158,4 @@ def _print(found: dict[str, Any]) -> None:
         elif found["same_data"] is False:
             print("note: these are other data than the run's, so the difference says little")
         else:
-            print(f"note: on the run's own data the figures differ from the recorded ones by up to {worst:.2g}")
+            print(visible(f"note: on the run's own data the figures differ from the recorded ones by up to {worst:.2g}"))

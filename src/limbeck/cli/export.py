@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from limbeck.errors import visible
+
 FORMATS = ("onnx", "safetensors", "hf")
 
 
@@ -47,7 +49,11 @@ def export(
     if json:
         print(json_module.dumps(found, indent=1))
         return
-    print(f"{found['path']}: {human(found['bytes'], 'B')}")
-    print(f"greatest difference of an output from the student's: {found['max_abs_difference']:.2g}, on {found['samples']} test samples")
+    print(visible(f"{found['path']}: {human(found['bytes'], 'B')}"))
+    print(
+        visible(
+            f"greatest difference of an output from the student's: {found['max_abs_difference']:.2g}, on {found['samples']} test samples"
+        )
+    )
     if found.get("top1_agreement") is not None:
-        print(f"onnxruntime predicts the same class for {found['top1_agreement']:.1%} of them (opset {found['opset']})")
+        print(visible(f"onnxruntime predicts the same class for {found['top1_agreement']:.1%} of them (opset {found['opset']})"))

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from limbeck.errors import visible
+
 
 def inspect(
     model: Annotated[
@@ -84,8 +86,8 @@ def _list(json: bool) -> None:
         return
     for row in rows:
         arguments = ", ".join(f"{key}={value!r}" if not isinstance(value, type) else key for key, value in row["arguments"].items())
-        print(f"{row['name']}: {row['about']}")
-        print(f"    {arguments or 'no arguments'}")
+        print(visible(f"{row['name']}: {row['about']}"))
+        print(visible(f"    {arguments or 'no arguments'}"))
     print("others: resnet8x4 (depth 8, width 4)  hf:<folder or id>  timm:<name>  python:package.module:factory  <folder>")
 
 
@@ -100,7 +102,7 @@ def _print(model: dict[str, Any]) -> None:
 
     from limbeck.report.tables import human
 
-    print(f"{model['name']}: {model['class']}, {human(model['params'])} parameters (shapes are those of one sample)")
+    print(visible(f"{model['name']}: {model['class']}, {human(model['params'])} parameters (shapes are those of one sample)"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in ("path", "class", "in", "out", "parameters"):
         table.add_column(title, justify="right" if title == "parameters" else "left", overflow="fold")
@@ -120,7 +122,7 @@ def _print(model: dict[str, Any]) -> None:
 
 
 def _print_pairs(name: str, pairs: list[Any]) -> None:
-    print(f"proposed pairs ({name} -> student):" if pairs else f"no pairs suggest themselves for {name}")
+    print(visible(f"proposed pairs ({name} -> student):" if pairs else f"no pairs suggest themselves for {name}"))
     for pair in pairs:
         bridge = "a bridge is needed" if pair.bridge else "same shape"
         print(

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from limbeck.engine.callbacks import Callback
+from limbeck.errors import printable
 
 
 class Progress(Callback):
@@ -75,7 +76,10 @@ class Progress(Callback):
             done = record["step"] - self._first
             left = (time.monotonic() - self._began) / max(done, 1) * (self.total - record["step"])
             self.console.print(
-                f"{record['phase']}: step {record['step']} of {self.total}  {self.text}  {left:.0f} s left", highlight=False, soft_wrap=True
+                printable(f"{record['phase']}: step {record['step']} of {self.total}  {self.text}  {left:.0f} s left"),
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
 
     def tick(self, step: int) -> None:
@@ -95,4 +99,4 @@ class Progress(Callback):
             self._bar = None
 
     def _print(self, text: str) -> None:
-        (self._bar.console if self._bar is not None else self.console).print(text, highlight=False, markup=False, soft_wrap=True)
+        (self._bar.console if self._bar is not None else self.console).print(printable(text), highlight=False, markup=False, soft_wrap=True)

@@ -63,17 +63,18 @@ def print_result(result) -> None:
     """The table, what its last row means, warnings, and where everything is."""
     from rich.console import Console
 
+    from limbeck.errors import printable, visible
     from limbeck.report.tables import headline, run_table
 
     console, table = Console(), run_table(result.summary)
     console.print()
     wanted = Console(width=200).measure(table).maximum
     (console if wanted <= console.width else Console(width=wanted)).print(table)  # figures that are cut off say nothing
-    console.print(headline(result.summary), highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(headline(result.summary)), highlight=False, markup=False, soft_wrap=True)
     for name, text in result.summary.get("notes", {}).items():
-        console.print(f"{name}: {text}", highlight=False, style="dim", soft_wrap=True)
+        console.print(printable(f"{name}: {text}"), highlight=False, markup=False, style="dim", soft_wrap=True)
     for text in (*result.summary["warnings"], *result.summary["alarms"]):
-        console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
-    print(f"report:  {result.folder / 'report.html'}")
+        console.print(printable(f"note: {text}"), highlight=False, markup=False, soft_wrap=True)
+    print(visible(f"report:  {result.folder / 'report.html'}"))
     for name in result.artifacts:
-        print(f"{name + ':':<8} {result.folder / name}")
+        print(visible(f"{name + ':':<8} {result.folder / name}"))

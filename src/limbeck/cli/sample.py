@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from limbeck.errors import UserError
+from limbeck.errors import UserError, visible
 
 
 def sample(
@@ -66,11 +66,11 @@ def sample(
     if json:
         print(json_module.dumps(said))
         return
-    print(f"{n} pictures in {said['calls']} network call{'s' if said['calls'] > 1 else ''} each: {said['path']}")
+    print(visible(f"{n} pictures in {said['calls']} network call{'s' if said['calls'] > 1 else ''} each: {said['path']}"))
     if each is not None:
-        print(f"single pictures: {each}")
+        print(visible(f"single pictures: {each}"))
     if tensors:
-        print(f"tensors: {said['tensors']}")
+        print(visible(f"tensors: {said['tensors']}"))
 
 
 def _class(label: str, names: tuple[str, ...], classes: int) -> int:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from limbeck.errors import visible
+
 
 def show(method: Annotated[str, typer.Argument(help="A method's id (`limbeck methods`).")]) -> None:
     """One method: paper, equation, settings with their defaults, evidence.
@@ -22,7 +24,7 @@ def show(method: Annotated[str, typer.Argument(help="A method's id (`limbeck met
 
     cls = find(method)
     card = cls.card
-    print(f"{card.id}: {card.title} ({card.year})" + (f", arXiv:{card.arxiv}" if card.arxiv else ""))
+    print(visible(f"{card.id}: {card.title} ({card.year})" + (f", arXiv:{card.arxiv}" if card.arxiv else "")))
     print(
         f"wing {card.wing}, family {card.family}; details known from: {card.certainty}" + (" (reconstructed)" if card.reconstructed else "")
     )
@@ -32,7 +34,7 @@ def show(method: Annotated[str, typer.Argument(help="A method's id (`limbeck met
     print("loss:    " + "\n         ".join(textwrap.wrap(card.equation, 110)))
     print("claim:   " + "\n         ".join(textwrap.wrap(card.claim, 110)))
     if card.baseline:
-        print(f"against: {card.baseline}")
+        print(visible(f"against: {card.baseline}"))
     if card.deviations:
         print("here:    " + "\n         ".join(textwrap.wrap(card.deviations, 110)))
     if cls.settings():
@@ -42,10 +44,10 @@ def show(method: Annotated[str, typer.Argument(help="A method's id (`limbeck met
             note = item.metadata.get("help", "")
             if choices := item.metadata.get("choices"):
                 note += f" (one of {', '.join(map(str, choices))})"
-            print(f"  {name} = {values[name]!r}")
+            print(visible(f"  {name} = {values[name]!r}"))
             print(textwrap.indent("\n".join(textwrap.wrap(note, 104)), "      "))
     found = find_evidence(card.id)
     print("\nevidence: " + evidence_text(None if found is None else brief(found)))
     if found is not None:
         print("          " + "\n          ".join(textwrap.wrap(found.claim_tested, 110)))
-        print(f"          made again by: limbeck evidence {card.id}")
+        print(visible(f"          made again by: limbeck evidence {card.id}"))

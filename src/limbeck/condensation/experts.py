@@ -25,7 +25,8 @@ from limbeck.condensation.students import Lesson, real_lessons
 from limbeck.data.batches import own_randomness
 from limbeck.engine.clock import Clock
 from limbeck.engine.program import PlainProgram
-from limbeck.errors import UserError
+from limbeck.errors import MISFITS, UserError
+from limbeck.places import user_path
 
 REVISION = 2
 """Raised when experts of the same settings come out otherwise than before: those in caches are then made again."""
@@ -171,7 +172,7 @@ class Buffer:
         self.digest = storage.fingerprint(
             {key: value for key, value in self.content.items() if key != "schooling"} | {"how": self._alike()}
         )
-        self.folder = Path(folder).expanduser() if folder is not None else places.cache_folder() / "experts" / self.digest
+        self.folder = user_path(folder) if folder is not None else places.cache_folder() / "experts" / self.digest
         self._loaded: dict[int, Tensor] = {}
 
     def _alike(self) -> dict[str, Any]:
@@ -185,7 +186,7 @@ class Buffer:
         try:
             found = json.loads(file.read_text("utf-8"))
             digest, experts = found["digest"], found["experts"]
-        except (ValueError, KeyError, TypeError):
+        except MISFITS:
             raise UserError(f"{file} is damaged", "delete the folder: the experts are then made again") from None
         if digest != self.digest:
             old = found.get("content", {})
@@ -202,10 +203,12 @@ class Buffer:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):
+            storage.sweep(self.folder)
             for number in range(self.how.count):
                 index = self._index()
                 entry = index["experts"].get(str(number))
                 if entry and (self.folder / entry["file"]).is_file():
+                    shutil.rmtree(self.folder / f"training-{number:03d}", ignore_errors=True)  # of a process killed just before
                     continue
                 trajectory = self._train(number)
                 name = f"expert-{number:03d}.safetensors"

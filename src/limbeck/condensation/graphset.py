@@ -14,7 +14,7 @@ from torch import Tensor
 
 from limbeck import storage
 from limbeck.data.graphs import Graph, union
-from limbeck.errors import UserError
+from limbeck.errors import MISFITS, UserError
 from limbeck.outcome import Artifact
 
 MOST = 256
@@ -171,7 +171,7 @@ class GraphSet(Artifact):
                     loops = pairs[0] == pairs[1]
                     members.append(Member(Graph(kind, torch.cat([pairs, pairs[:, ~loops].flip(0)], 1)), label))
             return cls(members, note["classes"], note["node_types"], note["weighted"])
-        except (KeyError, ValueError, TypeError) as error:
+        except MISFITS as error:
             raise UserError(f"{folder / 'set.json'} is damaged: {error!r}", "restore it, or run the recipe again") from None
 
     def geometric(self) -> list[Any]:

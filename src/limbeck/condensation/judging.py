@@ -14,12 +14,13 @@ from limbeck.condensation.job import open_problem
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.engine.session import Session, choose_device
 from limbeck.errors import UserError
-from limbeck.recorded import recipe_of, run_of
+from limbeck.places import user_path
+from limbeck.recorded import recipe_of, run_of, summary_if_finished
 
 
 def is_set(path: str | Path) -> bool:
     """Whether a folder is a synthetic set, or a run that made one."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     return any((folder / "set.json").is_file() for folder in (path, path / "dataset"))
 
 
@@ -32,7 +33,7 @@ def load_dataset(folder: str | Path) -> SyntheticSet | GraphSet:
     Raises:
         UserError: there is no set in it, or its files are torn or altered.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     note = next((f / "set.json" for f in (folder / "dataset", folder) if (f / "set.json").is_file()), None)
     try:
         kind = "" if note is None else json.loads(note.read_text("utf-8")).get("kind", "")
@@ -57,7 +58,7 @@ def judge(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     """
     import torch
 
-    path = Path(path).expanduser()
+    path = user_path(path)
     made = load_dataset(path)
     run = run_of(path)
     if run is None:
@@ -76,8 +77,7 @@ def judge(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
         made = made.to(session.device)
     protocol = problem.protocol(recipe)
     scores = {name: protocol.score(made, name) for name in protocol.architectures}
-    file = run / "summary.json"
-    recorded: Mapping[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    recorded: Mapping[str, Any] = summary_if_finished(run) or {}
     before = (recorded.get("scores") or {}).get(recorded.get("method"), {})
     return {
         "path": str(path),

@@ -13,7 +13,7 @@ from torch import nn
 
 from limbeck import schema, storage
 from limbeck.data.batches import own_randomness
-from limbeck.errors import UserError
+from limbeck.errors import MISFITS, UserError
 
 
 @dataclass
@@ -160,6 +160,6 @@ def _read(file: Path | None) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError):
+    except (OSError, *MISFITS):
         raise UserError(f"{file} is torn", "delete it: the scores are then made again") from None
     return found

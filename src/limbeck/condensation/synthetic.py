@@ -20,7 +20,7 @@ from limbeck import storage
 from limbeck.condensation import mixing
 from limbeck.data.augment import Augment
 from limbeck.data.batches import own_randomness
-from limbeck.errors import UserError, unknown
+from limbeck.errors import MISFITS, UserError, unknown
 from limbeck.outcome import Artifact
 
 FORMATS = ("uint8", "float16", "float32")
@@ -307,7 +307,7 @@ class SyntheticSet(Artifact, nn.Module):
                 format=note["format"],
             )
             made.how, made.views = {**HOW, **note["how"]}, note["views"]
-        except (KeyError, ValueError, TypeError) as error:
+        except MISFITS as error:
             raise UserError(f"{folder / 'set.json'} is damaged: {error!r}", "restore it, or run the recipe again") from None
         made.view_logits = tensors.get("view_logits")
         return cls._take(made, tensors)

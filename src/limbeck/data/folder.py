@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from limbeck.data.source import IN_MEMORY, Source
 from limbeck.data.split import DatasetSplit, Split, TensorSplit
 from limbeck.errors import UserError, nearest
+from limbeck.places import user_path
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _PARTS = {"train": ("train",), "test": ("test",), "valid": ("valid", "val", "validation")}
@@ -109,7 +110,7 @@ def read_folder(path: str, size: int | None = None, channels: int | None = None)
     Raises:
         UserError: no such folder, no pictures, an unreadable one, different sizes, or a test class that training lacks.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     check_channels(channels, size)
     if not folder.is_dir():
         raise UserError(f"no folder at {folder}", "check the path after folder:")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import tempfile
 import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from limbeck.data.choose import generator
 from limbeck.data.source import Source
 from limbeck.data.split import Split
 from limbeck.errors import UserError
+from limbeck.places import user_path
 
 NODE_TYPES = tuple(sorted(name for name, kind in vars(ast).items() if isinstance(kind, type) and issubclass(kind, ast.AST)))
 """Names of the node types of this Python's syntax trees."""
@@ -164,6 +167,22 @@ def stdlib_graphs(packages: Sequence[str] = ("email", "asyncio"), least: int = 2
 # ---- data sets of PyTorch Geometric ----
 
 
+def _opened(kind: Any, root: str, name: str) -> Any:
+    class Local(kind):
+        """The data set as it lies there; nothing is downloaded."""
+
+        def download(self) -> None:
+            raise UserError(f"{name}/raw lacks files that PyTorch Geometric wants", "copy the whole set there")
+
+    try:
+        return Local(root, name)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises a dozen kinds, all about the texts of the set
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"the graphs of {name} cannot be read: {why}", "restore its raw files") from None
+
+
 def read_geometric(path: str, root: str = "") -> Source:
     """A graph classification set of PyTorch Geometric (`TUDataset`) that lies in a local folder; nothing is downloaded.
 
@@ -178,11 +197,15 @@ def read_geometric(path: str, root: str = "") -> Source:
         from torch_geometric.datasets import TUDataset
     except ImportError:
         raise UserError("PyTorch Geometric is not installed", "`pip install 'limbeck[graphs]'`") from None
-    if not root or not (Path(root).expanduser() / path / "raw").is_dir():
+    if not root or not (user_path(root) / path / "raw").is_dir():
         raise UserError(
             f"there is no folder {root or '.'}/{path}/raw", "give data.args.root, the folder in which PyTorch Geometric keeps it"
         )
-    found = TUDataset(str(Path(root).expanduser()), path)
+    with tempfile.TemporaryDirectory(prefix="limbeck-graphs-") as scratch:
+        # what PyTorch Geometric keeps beside the raw texts are pickles, which it opens: they are made again where nobody else writes
+        (Path(scratch) / path).mkdir()
+        (Path(scratch) / path / "raw").symlink_to((user_path(root) / path / "raw").resolve())
+        found = _opened(TUDataset, scratch, path)
     if found.num_node_features < 1:
         raise UserError(f"the nodes of {path} have no types", "mining trees needs node types; choose a set with node labels")
     graphs = [Graph(d.x.argmax(1), d.edge_index) for d in found]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch import Tensor
 from limbeck.data.source import Source
 from limbeck.data.split import TensorSplit
 from limbeck.errors import UserError
+
+_DEFLATE = 1032
+"""The most bytes that one byte of gzip can stand for."""
 
 _PARTS = {"train": ("train",), "test": ("t10k", "test"), "valid": ("valid", "val")}
 
@@ -24,21 +29,28 @@ def read_idx(path: Path) -> Tensor:
         UserError: it cannot be read, is no IDX file of bytes, or is shorter or longer than its header says.
     """
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        with path.open("rb") as plain:
+            zipped = plain.read(2) == b"\x1f\x8b"
+            plain.seek(0)
+            with gzip.open(plain) if zipped else nullcontext(plain) as file:
+                return _read(file, path, path.stat().st_size * (_DEFLATE if zipped else 1))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}", "restore the file; it may be truncated") from None
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != 8 or not 1 <= content[3] <= 4:
-        raise UserError(f"{path} is not an IDX file of bytes: it starts with {content[:4].hex()}", "give MNIST-style files")
-    count = content[3]
-    start = 4 + 4 * count
-    shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(count)]
-    if len(content) - start != math.prod(shape):
-        raise UserError(
-            f"{path} is truncated or damaged: its header says {shape}, but it has {max(0, len(content) - start)} bytes", "restore the file"
-        )
-    return torch.frombuffer(bytearray(content[start:]) or bytearray(1), dtype=torch.uint8)[: math.prod(shape)].reshape(shape)
+
+
+def _read(file: Any, path: Path, most: int) -> Tensor:
+    """As `read_idx`; a file that can hold at most so many bytes is not given memory for more, whatever its header says."""
+    head = file.read(4)
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] != 8 or not 1 <= head[3] <= 4:
+        raise UserError(f"{path} is not an IDX file of bytes: it starts with {head.hex()}", "give MNIST-style files")
+    sizes = file.read(4 * head[3])
+    shape = [int.from_bytes(sizes[4 * i : 4 * i + 4], "big") for i in range(head[3])]
+    wanted = math.prod(shape)
+    content = bytearray(file.read(min(wanted, most) + 1))
+    if len(content) != wanted or len(sizes) != 4 * head[3]:
+        found = f"more than {wanted}" if len(content) > wanted else str(len(content))
+        raise UserError(f"{path} is truncated or damaged: its header says {shape}, but it has {found} bytes", "restore the file")
+    return torch.frombuffer(content or bytearray(1), dtype=torch.uint8)[:wanted].reshape(shape)
 
 
 def _find(folder: Path, names: tuple[str, ...], what: str) -> Path | None:

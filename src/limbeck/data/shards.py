@@ -305,11 +305,11 @@ def _files(path: str) -> dict[str, list[Path]]:
     place = user_path(path)
     found = sorted(place.rglob("*.parquet")) if place.is_dir() else sorted(Path(name) for name in glob.glob(str(place)))
     if not found:
-        raise UserError(f"no Parquet files at {place}", "give a folder of .parquet files, a file, or a pattern such as data/train-*.parquet")
+        raise UserError(f"no Parquet files at {place}", "give a folder of .parquet files, one, or a pattern such as data/train-*.parquet")
     parts: dict[str, list[Path]] = {"train": [], "test": [], "valid": []}
     for file in found:
         words = file.relative_to(place).as_posix() if place.is_dir() else file.name
-        part = next((part for part, names in {"test": ("test",), "valid": ("valid", "val", "dev")}.items() if words.startswith(names)), "train")
+        part = "test" if words.startswith("test") else "valid" if words.startswith(("val", "dev")) else "train"
         parts[part].append(file)
     if not parts["train"]:
         raise UserError(f"{place} has test files only", "begin the names of training files with train")

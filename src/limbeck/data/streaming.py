@@ -123,7 +123,7 @@ class StreamSplit(Split):
         Raises:
             UserError: always.
         """
-        raise UserError("a stream cannot be cut by sample", "leave data.train and data.labelled out, or give shards that hold what you want")
+        raise UserError("a stream cannot be cut by sample", "leave data.train and data.labelled out, or give the shards that you want")
 
     def with_labels(self, labels: Tensor | None) -> Split:
         """Not possible: labels come with the rows.

@@ -11,6 +11,7 @@ import torch
 from limbeck.data.source import Source
 from limbeck.data.split import TensorSplit, label_name
 from limbeck.errors import UserError, nearest
+from limbeck.places import user_path
 
 
 def number_labels(values: Any, where: str) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -58,7 +59,7 @@ def _source(frame: Any, path: Path, label: str | None, columns: list[str] | None
 
 
 def _file(path: str) -> Path:
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not file.is_file():
         raise UserError(f"no file at {file}", "check the path")
     return file
@@ -81,7 +82,7 @@ def read_csv(path: str, label: str | None = None, columns: list[str] | None = No
     file = _file(path)
     try:
         frame = pandas.read_csv(file, sep=separator)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # parsers and decompressors raise a dozen kinds, all about the file or its separator
         raise UserError(f"{file} is not a readable CSV file: {error}", "check the file and its separator") from None
     return _source(frame, file, label, columns)
 
@@ -99,6 +100,6 @@ def read_parquet(path: str, label: str | None = None, columns: list[str] | None 
         frame = pandas.read_parquet(file)
     except ImportError:
         raise UserError("Parquet needs pyarrow, which is not installed", "`pip install 'limbeck[parquet]'`") from None
-    except (ValueError, OSError) as error:
+    except Exception as error:  # readers raise a dozen kinds, all about the file
         raise UserError(f"{file} is not a readable Parquet file: {error}", "restore the file; it may be truncated") from None
     return _source(frame, file, label, columns)

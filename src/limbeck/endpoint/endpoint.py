@@ -109,6 +109,8 @@ class Endpoint:
             maker = client.chat.completions if chat else client.completions
             reply = maker.with_raw_response.create(**body)
             found = read_reply(reply.http_response.content, chat)
+            # a server may echo the key
+            found |= {name: self.settings.hide(found[name]) for name in ("text", "finish_reason") if found[name]}
         except UserError:
             raise
         except Exception as error:
@@ -208,10 +210,7 @@ def _make_client(settings: EndpointSettings) -> Any:
         raise UserError("openai is not installed", "`pip install 'limbeck[endpoint]'`") from None
     headers = {}
     if settings.credentials:
-        import base64
-
-        pair = f"{settings.credentials.user}:{settings.credentials.password}".encode()
-        headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
+        headers["Authorization"] = f"Basic {settings.credentials.basic()}"
     return openai.OpenAI(
         base_url=settings.base_url,
         api_key=settings.api_key() or "none",  # the client wants one, servers without keys do not mind

@@ -49,12 +49,21 @@ def wait_before(repeat: int, chance: random.Random) -> float:
     return min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(repeat - 1, 30)) * (0.5 + 0.5 * chance.random())
 
 
+def _date(value: str | None) -> datetime | None:
+    try:
+        date = parsedate_to_datetime(value)  # type: ignore[arg-type]
+    except (ValueError, TypeError):
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
+
+
 def retry_after(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
     """Seconds that a reply asks to wait: `retry-after-ms`, or `Retry-After` as seconds or as a date; None when it does not ask.
 
     Args:
         headers: of the reply; names in any case when the mapping allows it, else lower.
-        now: the present time, with a time zone; for dates.
+        now: the present time, with a time zone; for dates. By default the time of the reply itself (its header `Date`), so that a wrong
+            clock here changes nothing.
     """
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name)
@@ -63,12 +72,10 @@ def retry_after(headers: Mapping[str, str], now: datetime | None = None) -> floa
         try:
             seconds = float(value) * scale
         except ValueError:
-            try:
-                date = parsedate_to_datetime(value)
-            except (ValueError, TypeError):
+            date = _date(value)
+            if date is None:
                 continue
-            date = date if date.tzinfo else date.replace(tzinfo=UTC)
-            seconds = (date - (now or datetime.now(UTC))).total_seconds()
+            seconds = (date - (now or _date(headers.get("date")) or datetime.now(UTC))).total_seconds()
         if math.isfinite(seconds):
             return max(0.0, seconds)
     return None

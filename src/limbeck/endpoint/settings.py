@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from limbeck.errors import UserError
+from limbeck.errors import UserError, keep_secret
 from limbeck.storage import fingerprint
 
 HIDDEN = "***"
@@ -26,6 +27,12 @@ class Credentials:
 
     def __init__(self, user: str, password: str) -> None:
         self.user, self.password = user, password
+
+        keep_secret(password, self.basic())
+
+    def basic(self) -> str:
+        """As HTTP basic authentication sends them."""
+        return base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
 
     def __repr__(self) -> str:
         return HIDDEN
@@ -149,6 +156,7 @@ class EndpointSettings:
             UserError: the variable holds what cannot be sent as a key; its value is not shown.
         """
         key = os.environ.get(self.key_env, "").strip()
+        keep_secret(key)
         if not (key.isascii() and key.isprintable()):
             what = f"the environment variable {self.key_env} holds characters that no key has"
             raise UserError(what, "set it again, without line breaks")
@@ -158,7 +166,7 @@ class EndpointSettings:
         """`text` with the key and the credentials blotted out."""
         secrets = [os.environ.get(self.key_env, "").strip()]
         if self.credentials:
-            secrets.append(self.credentials.password or self.credentials.user)
+            secrets += [self.credentials.basic(), self.credentials.password or self.credentials.user]
         for secret in secrets:
             text = text.replace(secret, HIDDEN) if secret else text
         return text

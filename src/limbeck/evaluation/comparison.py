@@ -31,12 +31,14 @@ class Comparison:
         reference: the method that the others are set against; the first row's method when empty.
         metric: the figure that tables and pages show first; the first one of the first finished row when empty.
         notes: whatever a page should say beside the table (budget, data, machine).
+        failed: of runs that were not finished, how each ended; not written, rows have their status.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     reference: str = ""
     metric: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
+    failed: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, method: str, seed: int, metrics: Mapping[str, float], *, label: str = "", seconds: float | None = None,
             status: str = "done") -> None:  # fmt: skip

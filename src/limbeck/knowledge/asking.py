@@ -21,6 +21,7 @@ from limbeck.decoding import generate
 from limbeck.endpoint import Endpoint, EndpointSettings, Request
 from limbeck.engine.session import Session
 from limbeck.errors import UserError
+from limbeck.places import user_path
 
 PHASE = "ask"
 """The phase under which callbacks are told how many texts are there."""
@@ -95,7 +96,7 @@ def endpoint_of(block: schema.Endpoint) -> Endpoint:
         given["stop"] = tuple(given["stop"])
     settings = EndpointSettings(**given)
     if block.log is not None:
-        log = Path(block.log).expanduser()
+        log = user_path(block.log)
     else:
         log = places.cache_folder() / "endpoint" / f"{storage.fingerprint([settings.base_url, settings.model])}.jsonl"
     return Endpoint(settings, log)
@@ -209,8 +210,10 @@ class _Kept:
         for line in lines:
             try:
                 found = json.loads(line)
+                if found.pop("mark") != storage.fingerprint(found):
+                    break  # altered: this text and those behind it are written again
                 self.texts.append(Written(found["text"], found["whole"]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 break
         if len(self.texts) < total:
             self.texts = self.texts[: len(self.texts) // batch * batch]
@@ -218,7 +221,8 @@ class _Kept:
 
     @staticmethod
     def _line(item: Written) -> str:
-        return json.dumps({"text": item.text, "whole": item.whole}) + "\n"
+        found = {"text": item.text, "whole": item.whole}
+        return json.dumps({**found, "mark": storage.fingerprint(found)}) + "\n"
 
     def add(self, items: list[Written]) -> None:
         """Keep a batch."""

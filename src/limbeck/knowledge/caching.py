@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 from limbeck import recipe as schema
-from limbeck.data import Data
 from limbeck.engine.callbacks import Callback
 from limbeck.engine.session import Session
 from limbeck.errors import UserError
-from limbeck.knowledge import models
-from limbeck.knowledge.teachers import EnsembleTeacher, FrozenTeacher, Teacher, scored_counts
-from limbeck.knowledge.tokens import check_tokens
-from limbeck.losses.vocabulary import top_k
-from limbeck.signals import Signals
+from limbeck.knowledge.labelling import Labelling, labelling
+from limbeck.scaling.sizing import Sizing
+from limbeck.signals import manifest
 from limbeck.signals.store import StoreWriter, plan_bytes
-from limbeck.signals.stored_form import INDICES, REST, VALUES, Form, Layout
-from limbeck.tasks import Task
+from limbeck.signals.stored_form import Form, Layout
 
 SHARDS = 1000
-"""At most about so many files a store; one holds at least 1024 samples."""
+"""At most about so many files a store; one holds at least 1024 samples or 16384 tokens."""
 
 
 @dataclass
@@ -42,64 +36,45 @@ class Written:
     rows: str = "samples"
 
 
-def _teacher(recipe: schema.Recipe, networks: Mapping[str, nn.Module], wants: tuple[str, ...], task: Task) -> Teacher:
-    if not networks:
-        raise UserError("the recipe names no teacher, so there is nothing to store", "set `teacher`, for example --set teacher=cnn")
-    if len(networks) == 1:
-        return FrozenTeacher(next(iter(networks.values())), wants, read=task.reader)
-    if wants not in (("logits",), ("law",)):
-        raise UserError(
-            f"of several teachers only the logits of all together can be stored, not {', '.join(wants)}",
-            "add --signals logits, or name one teacher",
-        )
-    return EnsembleTeacher({name: FrozenTeacher(network, read=task.reader) for name, network in networks.items()}, recipe.teacher.weights)
-
-
-def check(recipe: schema.Recipe, wants: Sequence[str]) -> None:
-    """Refuse what cannot be stored, before anything is trained or loaded.
-
-    Raises:
-        UserError: augmented inputs, a teacher that changes while the student learns, or signals that a store cannot hold.
-    """
-    if recipe.data.augment:
-        raise UserError(
-            f"data.augment ({', '.join(recipe.data.augment)}) changes the inputs in every epoch; a store holds one answer a sample",
-            "leave it away: --set data.augment=[]",
-        )
-    if recipe.teacher.kind in ("online", "ema", "history"):
-        raise UserError(
-            f"a teacher of the kind {recipe.teacher.kind} changes while the student learns", "store a frozen one: --set teacher.kind=frozen"
-        )
-    if not wants:
-        raise UserError("no signal is named", "for example --signals logits,embedding")
-    for name in wants:
-        if name in ("attention", "output"):
-            raise UserError(f"{name} cannot be stored", "choose of logits, embedding, stages and module paths (see `limbeck inspect`)")
-
-
-def wanted(recipe: schema.Recipe) -> tuple[str, ...]:
-    """The teacher's signals that the recipe's method reads; the logits when it reads none."""
-    return models.make_method(recipe.method).wants()[1] or ("logits",)
-
-
-def flat(said: Signals, wants: Sequence[str]) -> dict[str, Tensor]:
-    """Signals as the store names them: "stages" becomes "stages[0]", "stages[1]", ..."""
-    found: dict[str, Tensor] = {}
-    for name in wants:
-        if name == "stages":
-            found |= {f"stages[{number}]": value for number, value in enumerate(said.stages)}
-        elif name.startswith("stages["):
-            found[name] = said.stages[int(name[7:-1])]
-        else:
-            found[name] = getattr(said, name) if name in said else said.at[name.removeprefix("at:")]
-    return found
+def _ours(path: Path) -> bool:
+    """The lock, or a manifest whose first writer was killed."""
+    return path.name == ".lock" or (path.name.startswith(f".{manifest.FILE}.") and path.suffix == ".tmp")
 
 
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file", "name a folder with --out")
-    if folder.is_dir() and not (folder / "manifest.json").is_file() and any(item.name != ".lock" for item in folder.iterdir()):
+    if folder.is_dir() and not (folder / manifest.FILE).is_file() and any(not _ours(item) for item in folder.iterdir()):
         raise UserError(f"the folder {folder} is not empty and holds no stored outputs", "name an empty or new folder with --out")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; a folder that is made for it and stays empty is removed again.
+
+    Raises:
+        UserError: another command has it, or the folder cannot be written (unless it holds a finished store: then nothing is written).
+    """
+    from filelock import FileLock, Timeout
+
+    fresh, lock = not folder.exists(), FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another command writes in {folder}", "wait for it, or name another folder with --out") from None
+    except OSError as error:
+        if (folder / manifest.FILE).is_file() and manifest.Manifest.read(folder).finished:
+            yield
+            return
+        raise UserError(f"cannot write to {folder}: {error.strerror}", "choose a folder that you can write to") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if fresh and not any(item.name != ".lock" for item in folder.iterdir()):
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def store_teacher(
@@ -110,125 +85,100 @@ def store_teacher(
     form: Form = "float16",
     k: int | None = None,
     signals: Sequence[str] = (),
+    shard_rows: int | None = None,
+    sizing: Sizing = Sizing(),  # noqa: B008 (frozen)
     callbacks: Sequence[Callback] = (),
     announce: Callable[[Written], None] = lambda planned: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Written:
     """Write what the recipe's teacher says about every training sample; goes on where an interrupted call stopped.
 
-    Batches have the size that training uses and start at multiples of it, so that each row is computed as a live teacher would
-    compute it, and a resumed store is the same byte for byte.
+    Every engine writes the same bytes, and goes on with what another one began.
 
     Args:
         recipe: says which teacher and data.
         folder: where to; a new or empty one, or one begun by the same call.
         session: device, and who is told while a teacher has to be trained first.
-        form, k: see `limbeck.signals.store.StoreWriter`.
+        form, k: see `limbeck.signals.store_writer.StoreWriter`.
         signals: what to store; by default what the recipe's method reads.
+        shard_rows: rows a file; by default 1024 samples or 16384 tokens, and more where that would make over `SHARDS` files.
+        sizing: who computes.
         callbacks: told about progress, as the phase "cache".
         announce: told what the store will be, with the most bytes that it can take, before anything is written.
+        say: told who works, when others than this process do.
 
     Raises:
         UserError: anything that the user can mend, such as a folder that was written for another teacher or other data.
     """
-    wants = tuple(dict.fromkeys(signals)) or wanted(recipe)
-    check(recipe, wants)
     _check_folder(folder)
-    data = models.open_recipe_data(recipe.data, None, recipe)
-    networks = models.teacher_networks(recipe, data, session, {})
-    check_tokens(networks, data)
-    task = models.task_of(recipe, data)
-    if task.family == "language" and wants not in (("logits",), ("law",)):
-        raise UserError(f"of a language model only next-token distributions can be stored, not {', '.join(wants)}", "add --signals logits")
-    teacher = _teacher(recipe, networks, wants, task)
-    size = min(recipe.training.batch, len(data.train))
-    on_device = data.to(session.device)
-    if task.family == "language":
-        shapes = {"logits": (task.text.vocabulary,)}
-        counts = scored_counts(data.train, task)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        unit, rows, pieces = "tokens", int(starts[-1]), partial(_tokens, starts=starts, k=k if form == "topk" else None)
-    elif task.family == "classification":
-        shapes = {name: tuple(value.shape[1:]) for name, value in flat(teacher(on_device.example(2).to(session.device)), wants).items()}
-        unit, rows, pieces = "samples", len(data.train), partial(_samples, wants=wants)
-    else:
-        raise UserError(f"outputs of a teacher of {task.kind} cannot be stored", "use the teacher itself")
-    layout = Layout(shapes, form, k)
-    shard = max(1024 if rows == len(data.train) else 16384, -(-rows // SHARDS))
-    total = plan_bytes(rows, shapes, form, k, shard_size=shard)
-    announce(Written(folder, rows, shapes, form, layout.bytes_per_sample, total, False, unit))
+    labels = labelling(recipe, session, signals, k if form == "topk" else None)
+    layout = Layout(labels.shapes, form, k)
+    shard = shard_rows or max(1024 if labels.unit == "samples" else 16384, -(-labels.rows // SHARDS))
+    total = plan_bytes(labels.rows, labels.shapes, form, k, shard_size=shard)
+    announce(Written(folder, labels.rows, labels.shapes, form, layout.bytes_per_sample, total, False, labels.unit))
+    with _alone(folder):
+        writer = StoreWriter(
+            folder,
+            teacher_fingerprint=labels.teacher_fingerprint,
+            data_fingerprint=labels.data_fingerprint,
+            samples=labels.rows,
+            signals=labels.shapes,
+            form=form,
+            k=k,
+            shard_size=shard,
+        )
+        found = writer.finished
+        if not found:
+            told = _Told(callbacks, writer)
+            if sizing.engine == "ray":
+                from limbeck.knowledge.caching_ray import fill
 
-    from filelock import FileLock, Timeout
-
-    writer = StoreWriter(
-        folder,
-        teacher_fingerprint=models.teacher_fingerprint(networks, recipe.teacher.weights) or "",
-        data_fingerprint=data.fingerprint,
-        samples=rows,
-        signals=shapes,
-        form=form,
-        k=k,
-        shard_size=shard,
-    )
-    found = writer.finished
-    if not found:
-        lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"another command writes in {folder}", "wait for it, or name another folder with --out") from None
-        try:
-            _write(writer, pieces(writer, teacher, on_device, size, session.device), callbacks)
-        finally:
-            lock.release()
+                fill(writer, labels, recipe, sizing, told, say)
+            else:
+                _fill(writer, labels, told)
+            writer.finish()
+            told.finish()
     on_disk = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
-    return Written(folder, rows, shapes, form, layout.bytes_per_sample, on_disk, found, unit)
+    return Written(folder, labels.rows, labels.shapes, form, layout.bytes_per_sample, on_disk, found, labels.unit)
 
 
-Piece = tuple[Tensor, dict[str, Tensor]]
-"""Row numbers, and what the teacher says of them."""
+class _Told:
+    """Tells callbacks how far a store is."""
 
-
-def _tokens(
-    writer: StoreWriter, teacher: Teacher, data: Data, size: int, device: torch.device, starts: Tensor, k: int | None
-) -> Iterator[Piece]:
-    """One row for each scored token, in the order of the samples; logits of the whole vocabulary exist a chunk at a time."""
-    sample = int(torch.searchsorted(starts, torch.tensor(writer.next_index), right=True)) - 1
-    for first in range(min(sample, len(data.train) - 1) // size * size, len(data.train), size):
-        end = min(first + size, len(data.train))
-        law = teacher(data.train.batch(torch.arange(first, end)).to(device)).law
-        if k is None:
-            logits = law.logits()
-            said = {"logits": logits - logits.logsumexp(-1, keepdim=True)}
-        else:
-            top = top_k(law, k)
-            rest = (-torch.expm1(top.logs.float().logsumexp(-1))).clamp_min(0)
-            said = {VALUES: top.logs, INDICES: top.ids, REST: rest}
-        yield torch.arange(int(starts[first]), int(starts[end])), said
-
-
-def _samples(
-    writer: StoreWriter, teacher: Teacher, data: Data, size: int, device: torch.device, wants: tuple[str, ...]
-) -> Iterator[Piece]:
-    """One row for each sample. Rows that are stored already are computed again and left out by the writer."""
-    total = writer.total
-    for start in range(writer.next_index // size * size, total, size):
-        index = torch.arange(min(start, total - size), min(start + size, total))
-        yield index, flat(teacher(data.train.batch(index).to(device)), wants)
-
-
-def _write(writer: StoreWriter, pieces: Iterator[Piece], callbacks: Sequence[Callback]) -> None:
-    import time
-
-    total, began, first = writer.total, time.perf_counter(), writer.next_index
-    for callback in callbacks:
-        callback.start("cache", first, total)
-    for index, said in pieces:
-        writer.write(index, said)
-        done = writer.next_index
-        record = {"phase": "cache", "step": done, "terms": {}, "rate": (done - first) / max(time.perf_counter() - began, 1e-9)}
+    def __init__(self, callbacks: Sequence[Callback], writer: StoreWriter) -> None:
+        self.callbacks, self.began, self.first = callbacks, time.perf_counter(), writer.stored
         for callback in callbacks:
-            callback.log(record)
+            callback.start("cache", self.first, writer.total)
+
+    def __call__(self, done: int) -> None:
+        """So many rows are done."""
+        rate = (done - self.first) / max(time.perf_counter() - self.began, 1e-9)
+        for callback in self.callbacks:
+            callback.log({"phase": "cache", "step": done, "terms": {}, "rate": rate})
             callback.tick(done)
-    writer.finish()
-    for callback in callbacks:
-        callback.finish("cache")
+
+    def finish(self) -> None:
+        """All are."""
+        for callback in self.callbacks:
+            callback.finish("cache")
+
+
+def runs_of(numbers: Sequence[int]) -> list[range]:
+    """Increasing numbers as runs without a gap, in order."""
+    found: list[range] = []
+    for number in numbers:
+        if found and found[-1].stop == number:
+            found[-1] = range(found[-1].start, number + 1)
+        else:
+            found.append(range(number, number + 1))
+    return found
+
+
+def _fill(writer: StoreWriter, labels: Labelling, told: Callable[[int], None]) -> None:
+    """Label what is missing in this process."""
+    done = writer.stored
+    for run in runs_of(writer.missing()):
+        for index, said in labels.pieces(run.start * writer.shard_size, min(run.stop * writer.shard_size, writer.total)):
+            writer.write(index, said)
+            done += len(index)
+            told(done)

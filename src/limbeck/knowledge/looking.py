@@ -18,6 +18,7 @@ from limbeck.data.text import is_text, open_text
 from limbeck.errors import UserError
 from limbeck.knowledge import models
 from limbeck.models import tokens_of
+from limbeck.places import user_path
 from limbeck.signals import Anatomy, Pair, anatomy
 from limbeck.signals.inspection import pairs
 from limbeck.zoo.cut import made_from
@@ -110,7 +111,7 @@ def _build(reference: str, data: Data | None, shape: tuple[int, ...] | None, arg
     elif shape is not None:
         known = {"input_shape": shape}
     kind, _, name = reference.partition(":")
-    folder = Path(name if kind == "folder" else reference).expanduser()
+    folder = user_path(name if kind == "folder" else reference)
     is_folder = folder.is_dir() and reference not in zoo.NETWORKS
     if is_folder and (folder / "student").is_dir():
         reference = str(folder / "student")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,6 +12,7 @@ from limbeck.data import Data
 from limbeck.data.text import check_tokenizers
 from limbeck.errors import UserError
 from limbeck.models import open_recipe_data
+from limbeck.places import user_path
 from limbeck.schema import Text as TextBlock
 
 
@@ -47,7 +47,7 @@ def _foreign(spec: schema.Model, data: Data) -> tuple[str, UserError] | None:
     """The reference of the tokenizer in a model's folder and how it differs from the data's; None where none is there or they agree."""
     from limbeck.data.text.tokens import load_tokenizer
 
-    folder = Path(spec.model.removeprefix("hf:").removeprefix("folder:")).expanduser()
+    folder = user_path(spec.model.removeprefix("hf:").removeprefix("folder:"))
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         return None
     try:

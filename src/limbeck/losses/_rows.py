@@ -20,6 +20,15 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float32 or x.dtype is torch.float64 else x.float()
 
 
+def unit(x: Tensor, dim: int = -1, least: float | Tensor = 1e-12) -> Tensor:
+    """Vectors along `dim` scaled to length 1; those shorter than `least` have no direction and are divided by 1.
+
+    So a vector of zeros (dead units, a fresh head) gets a gradient of ordinary size, where division by a tiny length would make it explode.
+    """
+    length = x.norm(dim=dim, keepdim=True)
+    return x / length.masked_fill(length < least, 1)
+
+
 def check_same(student: Tensor, teacher: Tensor, what: str = "logits") -> None:
     """Both tensors must have one shape; the error names both."""
     if student.shape != teacher.shape:

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.errors import UserError
-from limbeck.losses._rows import check_positive, check_rows, check_same, reduce_rows, wide
+from limbeck.losses._rows import check_positive, check_rows, check_same, reduce_rows, unit, wide
 
 
 def _unit(x: Tensor, normalize: bool) -> Tensor:
     x = wide(x)
-    return F.normalize(x, dim=-1, eps=1e-12) if normalize else x
+    return unit(x) if normalize else x
 
 
 def info_nce(

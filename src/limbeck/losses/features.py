@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.errors import UserError
-from limbeck.losses._rows import Reduction, blank, check_rows, check_same, reduce_rows, wide
+from limbeck.losses._rows import Reduction, blank, check_rows, check_same, reduce_rows, unit, wide
 
 _TINY = 1e-12
 
@@ -61,8 +61,8 @@ def cosine_distance(
     tensor(1.)
     """
     check_same(student, teacher, "features")
-    unit_s = F.normalize(blank(wide(student), mask), dim=-1, eps=_TINY)
-    unit_t = F.normalize(blank(wide(teacher), mask), dim=-1, eps=_TINY)
+    unit_s = unit(blank(wide(student), mask))
+    unit_t = unit(blank(wide(teacher), mask))
     return reduce_rows(1 - (unit_s * unit_t).sum(-1), mask, weight, reduction)
 
 
@@ -75,8 +75,8 @@ def normalized_mse(
     tensor(2.)
     """
     check_same(student, teacher, "features")
-    unit_s = F.normalize(blank(wide(student), mask), dim=-1, eps=_TINY)
-    unit_t = F.normalize(blank(wide(teacher), mask), dim=-1, eps=_TINY)
+    unit_s = unit(blank(wide(student), mask))
+    unit_t = unit(blank(wide(teacher), mask))
     return reduce_rows((unit_s - unit_t).square().sum(-1), mask, weight, reduction)
 
 
@@ -89,8 +89,8 @@ def normalized_l1(
     tensor(2.)
     """
     check_same(student, teacher, "features")
-    unit_s = F.normalize(blank(wide(student), mask), dim=-1, eps=_TINY)
-    unit_t = F.normalize(blank(wide(teacher), mask), dim=-1, eps=_TINY)
+    unit_s = unit(blank(wide(student), mask))
+    unit_t = unit(blank(wide(teacher), mask))
     return reduce_rows((unit_s - unit_t).abs().sum(-1), mask, weight, reduction)
 
 
@@ -105,7 +105,7 @@ def attention_map(features: Tensor, power: float = 2.0) -> Tensor:
     if features.ndim < 3:
         raise UserError(f"features of shape {tuple(features.shape)} have no positions", "attention maps need (B, C, H, W) or (B, L, D)")
     channels = -1 if features.ndim == 3 else 1
-    return F.normalize(wide(features).abs().pow(power).mean(channels).flatten(1), dim=1, eps=_TINY)
+    return unit(wide(features).abs().pow(power).mean(channels).flatten(1))
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0, weight: Tensor | None = None) -> Tensor:

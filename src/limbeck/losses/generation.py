@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.errors import unknown
+from limbeck.errors import UserError, unknown
 from limbeck.losses._rows import wide
 
 ADVERSARIAL = ("non-saturating", "hinge", "least-squares")
@@ -117,7 +117,7 @@ def gradient_penalty(logits: Tensor, real: Tensor) -> Tensor:
     tensor(4., grad_fn=<MulBackward0>)
     """
     (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
-    return 0.5 * slope.square().flatten(1).sum(1).mean()
+    return 0.5 * wide(slope).square().flatten(1).sum(1).mean()
 
 
 def pseudo_huber(error: Tensor, scale: float = 0.00054) -> Tensor:
@@ -149,13 +149,16 @@ def gaussian_mmd(generated: Tensor, real: Tensor) -> Tensor:
     >>> gaussian_mmd(x, x).abs() < 1e-6
     tensor(True)
     """
+    if len(real) < 2:
+        raise UserError(f"the kernel discrepancy needs the spread of the real batch, which has {len(real)} sample", "give two or more")
     generated, real = wide(generated), wide(real).detach()
     mean, std = real.mean(0), real.std(0).clamp_min(1e-4)
     u, v = (generated - mean) / std, (real - mean) / std
     width = 2 * u.shape[1]
 
     def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
-        squares = a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T
-        return (-squares.clamp_min(0) / width).exp().mean()
+        # by differences: a^2 + b^2 - 2ab loses the distance of two samples that are far from the mean, and that of a sample to itself
+        squares = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return (-squares / width).exp().mean()
 
     return mean_kernel(u, u) + mean_kernel(v, v) - 2 * mean_kernel(u, v)

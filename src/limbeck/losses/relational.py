@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.errors import UserError
-from limbeck.losses._rows import check_same, tempered, wide
+from limbeck.losses._rows import check_same, tempered, unit, wide
 
 _TINY = 1e-12
 
@@ -47,8 +47,8 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _angles(x: Tensor) -> Tensor:
     """`(B, B, B)` cosines at sample i between the directions from j and from k."""
-    unit = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=-1, eps=_TINY)
-    return unit @ unit.mT
+    directions = unit(x.unsqueeze(0) - x.unsqueeze(1))
+    return directions @ directions.mT
 
 
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """
     _check_batch(student, teacher)
     s, t = _flat(student), _flat(teacher)
-    return F.mse_loss(F.normalize(s @ s.mT, dim=1, eps=_TINY), F.normalize(t @ t.mT, dim=1, eps=_TINY))
+    return F.mse_loss(unit(s @ s.mT), unit(t @ t.mT))
 
 
 def channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
             "both need (B, C, positions ...) with one number of channels; bring them there by a bridge",
         )
     s, t = wide(student).flatten(2), wide(teacher).flatten(2)
-    gap = F.normalize(s @ s.mT, dim=-1, eps=_TINY) - F.normalize(t @ t.mT, dim=-1, eps=_TINY)
+    gap = unit(s @ s.mT) - unit(t @ t.mT)
     return gap.square().sum() / (len(s) * s.shape[1])
 
 
@@ -105,8 +105,12 @@ def pearson(x: Tensor, y: Tensor, dim: int = -1) -> Tensor:
     tensor(-1.0000)
     """
     check_same(x, y, "values")
-    x, y = wide(x), wide(y)
-    return F.cosine_similarity(x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True), dim=dim)
+    return (_centred(wide(x), dim) * _centred(wide(y), dim)).sum(dim)
+
+
+def _centred(x: Tensor, dim: int) -> Tensor:
+    """Centred and of length 1; what is left of equal numbers by rounding is taken for nothing."""
+    return unit(x - x.mean(dim, keepdim=True), dim, 4 * torch.finfo(x.dtype).eps * x.detach().norm(dim=dim, keepdim=True) + 1e-12)
 
 
 def correlation(

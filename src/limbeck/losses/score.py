@@ -54,7 +54,8 @@ def guided_prediction(free: Tensor, given: Tensor, scale: float) -> Tensor:
     >>> guided_prediction(torch.zeros(1), torch.ones(1), 7.5)
     tensor([7.5000])
     """
-    return wide(free) + scale * (wide(given) - wide(free))
+    free, given = wide(free), wide(given)
+    return free + scale * (given - free)
 
 
 def entropic_prediction(marginal: Tensor, conditional: Tensor, lam: float) -> Tensor:
@@ -102,6 +103,7 @@ def level_weight(angle: Tensor, kind: str = "sds") -> Tensor:
     >>> level_weight(torch.tensor([torch.pi / 2]))
     tensor([1.])
     """
+    angle = wide(angle)
     if kind == "sds":
         return angle.sin().square()
     if kind == "uniform":
@@ -122,6 +124,7 @@ def later_place(place: Tensor, eta: float, low: float, share: Tensor | float = 1
     >>> later_place(torch.tensor([0.5, 0.98]), 0.1, 0.0)
     tensor([0.5500, 1.0000])
     """
+    place = wide(place)
     return place + share * torch.minimum(eta * (place - low).clamp_min(0), 1 - place)
 
 

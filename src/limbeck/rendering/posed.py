@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import UserError
+from limbeck.places import user_path
 from limbeck.rendering.cameras import Cameras
 from limbeck.rendering.views import Views, ViewSet, check_seen, marked
 
@@ -179,7 +180,7 @@ def read_posed(
     Raises:
         UserError: missing, broken or outlying files, poses that are none, lenses with distortion, cameras that see nothing.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         raise UserError(f"there is no folder {path}", "name a folder with transforms.json and pictures")
     if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from limbeck.errors import UserError
-from limbeck.report.tables import run_markdown
+from limbeck.report.tables import plain_markdown, run_markdown
 
 
 def teacher_text(recipe: Any) -> str:
@@ -45,6 +45,7 @@ def model_card(summary: Mapping[str, Any], teacher: str = "") -> str:
     """
     from limbeck.method import find
 
+    summary, teacher = plain_markdown(summary), plain_markdown(teacher)
     lines = [f"# {summary.get('name', 'student')}: a distilled student", ""]
     try:
         card = find(summary["method"]).card

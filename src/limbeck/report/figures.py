@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from limbeck.errors import printable
 from limbeck.report.tables import NAMES, human
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def _draw(paint: Callable[[Figure], None], width: float, height: float, kind: st
 
 
 def _plain(text: Any, limit: int = 24) -> str:
-    """Text that matplotlib must not read as mathematics."""
-    text = " ".join(str(text).split())
+    """Text that matplotlib must not read as mathematics, and can draw."""
+    text = printable(text)
     return (text if len(text) <= limit else text[: limit - 1] + "…").replace("$", r"\$")
 
 

@@ -6,6 +6,8 @@ A part that cannot be shown is replaced by a line that says why.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from limbeck import storage
+from limbeck.errors import visible
 from limbeck.report import figures, tables
 
 if TYPE_CHECKING:
@@ -212,10 +215,15 @@ def _render(title: str, headline: str, sections: Sequence[Section]) -> str:
 
     folder = resources.files("limbeck.report") / "templates"
     environment = Environment(
-        loader=FunctionLoader(lambda name: (folder / name).read_text("utf-8")), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(lambda name: (folder / name).read_text("utf-8")),
+        autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    css = Markup((folder / "page.css").read_text("utf-8"))
-    return environment.get_template("page.html.j2").render(title=title, headline=headline, sections=sections, css=css)
+    css = "\n" + (folder / "page.css").read_text("utf-8")
+    mark = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()  # this very style and no other, so that none can be injected
+    return environment.get_template("page.html.j2").render(title=title, headline=headline, sections=sections, css=Markup(css), mark=mark)
 
 
 def render_report(report: Report) -> str:

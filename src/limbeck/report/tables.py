@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from limbeck.errors import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -157,11 +159,23 @@ def run_table(summary: Mapping[str, Any]) -> Table:
         narrow["parameters"] = "para-\nmeters"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for i, title in enumerate(titles):
-        table.add_column(Text(narrow.get(title, title)), justify="right" if i else "left", no_wrap=True)
+        table.add_column(Text(narrow.get(title) or printable(title)), justify="right" if i else "left", no_wrap=True)
     styles = {"student": "bold green", "ceiling": "dim"}
     for row in rows:
-        table.add_row(*(Text(cell) for cell in (row["name"], *row["cells"])), style=styles.get(row["key"]))
+        table.add_row(*(Text(printable(cell)) for cell in (row["name"], *row["cells"])), style=styles.get(row["key"]))
     return table
+
+
+_MARKS = str.maketrans({mark: f"\\{mark}" for mark in "\\`[]<>|&"})
+
+
+def plain_markdown(value: Any) -> Any:
+    """Plain data whose texts mean nothing but themselves in Markdown: one line each, no link, no picture, no HTML, no table, no code."""
+    if isinstance(value, str):
+        return printable(value).translate(_MARKS)
+    if isinstance(value, Mapping):
+        return {plain_markdown(key): plain_markdown(item) for key, item in value.items()}
+    return [plain_markdown(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def run_markdown(summary: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from limbeck import models
 from limbeck.engine.session import Session, choose_device
 from limbeck.errors import UserError
+from limbeck.places import user_path
 from limbeck.recorded import recipe_again, recorded_figures
 from limbeck.sampling.features import Features, feature_network
 from limbeck.sampling.generator import load_generator
@@ -34,7 +35,7 @@ def measure_again(path: str | Path, changes: Sequence[str] = (), inception: str 
     """
     import torch
 
-    path = Path(path).expanduser()
+    path = user_path(path)
     generator = load_generator(path)
     run, recipe = recipe_again(path, changes, "generate")
     if recipe.threads:

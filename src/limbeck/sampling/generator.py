@@ -12,8 +12,9 @@ from torch import Tensor
 from limbeck import storage
 from limbeck.diffusion import SAMPLERS, Denoiser, evaluations, sample
 from limbeck.diffusion.samplers import Source
-from limbeck.errors import UserError, unknown
+from limbeck.errors import MISFITS, UserError, unknown
 from limbeck.outcome import Artifact
+from limbeck.places import user_path
 
 FORMAT = "limbeck-generator/1"
 NOTE = "generator.json"
@@ -201,7 +202,7 @@ def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> Ge
     """
     from limbeck.zoo import load_model
 
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if (folder / "generator" / NOTE).is_file():
         folder = folder / "generator"
     if not (folder / NOTE).is_file():
@@ -218,6 +219,6 @@ def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> Ge
         network = load_model(folder).to(device).eval()
         denoiser = Denoiser.from_facts(network, facts)
         other = None if base is None else Denoiser.from_facts(load_model(folder / "base").to(device).eval(), dict(base))
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, *MISFITS) as error:
         raise UserError(f"{folder / NOTE} is not the note of a generator: {error}", "restore or remake the folder") from None
     return Generator(denoiser, shape, sampler=sampler, options=options, base=other, classes=classes, clip=clip)

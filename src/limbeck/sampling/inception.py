@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import UserError
+from limbeck.places import user_path
 from limbeck.report.sheets import write_each
 
 
@@ -23,7 +24,7 @@ def inception_fid(generated: Tensor, real: Tensor, weights: str | Path) -> float
     Raises:
         UserError: torch-fidelity (which needs torchvision) or the weights are not there.
     """
-    weights = Path(weights).expanduser()
+    weights = user_path(weights)
     if not weights.is_file():
         raise UserError(f"there are no Inception weights at {weights}", "name torch-fidelity's weights-inception-2015-12-05-6726825d.pth")
     try:

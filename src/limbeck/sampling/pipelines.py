@@ -15,6 +15,7 @@ from torch import Tensor
 from limbeck import storage
 from limbeck.diffusion import Denoiser
 from limbeck.errors import UserError
+from limbeck.places import user_path
 from limbeck.sampling.adapters import has_lora, merge_lora
 from limbeck.sampling.schedulers import SCHEDULERS, first_line, meaning, scheduler_for
 from limbeck.zoo.diffusers_door import NEEDS, SUPPORTED, TEXT, DiffusersNetwork, kind_of, library
@@ -29,7 +30,7 @@ class _Place:
     """A folder, or an id of the hub."""
 
     def __init__(self, name: str) -> None:
-        local = Path(name).expanduser()
+        local = user_path(name)
         self.local = local if local.is_dir() else None
         if self.local is None and (name.startswith((".", "/", "~")) or name.count("/") != 1):
             raise UserError(f"no folder at {local}", "give a pipeline's folder, or an id of the hub such as owner/name")
@@ -86,7 +87,7 @@ def _scheduler(place: _Place, index: Mapping[str, Any], scheduler: Any) -> dict[
         return dict(scheduler)
     if hasattr(scheduler, "config"):
         return {**scheduler.config, "_class_name": type(scheduler).__name__}
-    if Path(str(scheduler)).expanduser().is_dir():
+    if user_path(str(scheduler)).is_dir():
         found = _Place(str(scheduler)).config(diffusers.DDPMScheduler, None, "the scheduler")
         if found is None:
             raise UserError(f"{scheduler} holds no scheduler_config.json", "give the folder of a scheduler")
@@ -135,7 +136,7 @@ def _condition(place: _Place, index: Mapping[str, Any], kind: str, prompts: Any,
     if isinstance(prompts, (str, Path)):
         if not str(prompts).endswith(".safetensors"):
             raise UserError("prompts is one text", "give a list of texts, one for each class, or a safetensors file of embeddings")
-        return storage.load_tensors(Path(prompts).expanduser())
+        return storage.load_tensors(user_path(prompts))
     if isinstance(prompts, Mapping):
         return {name: torch.as_tensor(value) for name, value in prompts.items() if name in ("table", "pooled", *NEEDS[kind])}
     prompts = list(prompts)
@@ -204,7 +205,7 @@ def _components(like: str) -> Path | None:
     """The folder of a pipeline whose other components can be copied."""
     if not like:
         return None
-    folder = Path(like).expanduser()
+    folder = user_path(like)
     if not folder.is_dir() and like.count("/") == 1:
         try:
             from huggingface_hub import snapshot_download

@@ -21,6 +21,7 @@ from limbeck.engine.session import Session, seed_everything
 from limbeck.errors import UserError
 from limbeck.evaluation.cost import stored_bytes
 from limbeck.outcome import Outcome
+from limbeck.places import user_path
 from limbeck.rendering import Views, open_views, render_views
 from limbeck.rendering.views import ViewSet
 from limbeck.scenes import fields_report as report
@@ -79,7 +80,7 @@ def _network(spec: schema.Model, views: ViewSet, seed: int, name: str) -> nn.Mod
             raise UserError(f"{spec.model} is no radiance field", "name field-mlp, field-hash, field-vm or field-voxels")
         network = zoo.build(spec.model, **args)
         if spec.weights:
-            network = zoo.load_model(Path(spec.weights).expanduser(), model=network)
+            network = zoo.load_model(user_path(spec.weights), model=network)
     except UserError as error:
         raise UserError(f"{name}: {error.message}", error.hint) from None
     check_field(network, views.bound, name)

@@ -18,7 +18,8 @@ from limbeck.engine.clock import Clock
 from limbeck.engine.program import PlainProgram, moving_average
 from limbeck.engine.schedule import make_optimizer
 from limbeck.engine.session import Session, seed_everything
-from limbeck.errors import UserError
+from limbeck.errors import MISFITS, UserError
+from limbeck.places import user_path
 
 EXACT = "exact"
 """What a recipe writes as teacher for the exact score of the diffused training pictures."""
@@ -95,7 +96,7 @@ def exact_prior(pictures: Pictures, process: Any) -> Denoiser:
 
 def _saved(reference: str, session: Session) -> Denoiser | None:
     """The network of a generator's folder that the sampling wing wrote; None for other references."""
-    folder = Path(reference.removeprefix("folder:")).expanduser()
+    folder = user_path(reference.removeprefix("folder:"))
     note = next((place / "generator.json" for place in (folder, folder / "generator") if (place / "generator.json").is_file()), None)
     if note is None:
         return None
@@ -104,7 +105,7 @@ def _saved(reference: str, session: Session) -> Denoiser | None:
     try:
         facts = json.loads(note.read_text("utf-8"))["denoiser"]
         made = Denoiser.from_facts(load_model(note.parent), facts)
-    except (ValueError, KeyError, TypeError) as error:
+    except MISFITS as error:
         raise UserError(f"{note} is not the note of a generator: {error}", "restore or remake the folder") from None
     return made.guided(1.0) if made.guidance.acts else made
 

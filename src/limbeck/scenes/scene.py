@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from limbeck import storage
-from limbeck.errors import UserError
+from limbeck.errors import MISFITS, UserError
 from limbeck.outcome import Artifact
+from limbeck.places import user_path
 
 FORMAT = "limbeck-scene/1"
 NOTE = "scene.json"
@@ -55,7 +56,7 @@ class Scene(Artifact):
 
 def scene_folder(path: str | Path) -> Path | None:
     """The folder of a scene: `path` itself or the `scene/` inside it; None where there is none."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     return next((folder for folder in (path, path / "scene") if (folder / NOTE).is_file()), None)
 
 
@@ -79,7 +80,7 @@ def load_scene(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
         whole = note["format"] == FORMAT and isinstance(note["kind"], str) and isinstance(note["facts"], dict)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *MISFITS):
         whole = False
     if not whole:
         raise UserError(f"{folder / NOTE} is not the note of a scene", "restore or remake the folder")

@@ -166,6 +166,10 @@ def model_fingerprint(model: nn.Module) -> str:
     return fingerprint({"class": kind, "config": config, "tensors": tensors_fingerprint(tensors)})
 
 
+SAVED_WITH = ("architectures", "dtype", "torch_dtype", "transformers_version")
+"""Keys that transformers adds to a configuration when a model is saved; a teacher just trained and the same one found again are one."""
+
+
 def _config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
@@ -174,4 +178,4 @@ def _config(model: nn.Module) -> Any:
         config = asdict(config)
     if not isinstance(config, Mapping):
         return None
-    return {str(k): v for k, v in config.items() if not str(k).startswith("_") and k != "transformers_version"}
+    return {str(k): v for k, v in config.items() if not str(k).startswith("_") and k not in SAVED_WITH}

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from limbeck.data.arguments import check_arguments
-from limbeck.errors import UserError, nearest, unknown
+from limbeck.errors import MISFITS, UserError, nearest, unknown
 from limbeck.zoo.cnn import CNN
 from limbeck.zoo.convnet import ConvNet
 from limbeck.zoo.cut import REFERENCE as CUT
@@ -85,6 +85,10 @@ def listing() -> list[dict[str, Any]]:
     return rows + language_listing()
 
 
+DEEPEST = 4096
+"""Layers of an embedded network; with more it would be built until the memory is full."""
+
+
 def _embedded(name: str, args: dict[str, Any]) -> nn.Module:
     short = re.fullmatch(r"resnet(\d+)(?:x(\d+))?", name)
     if short:
@@ -95,6 +99,8 @@ def _embedded(name: str, args: dict[str, Any]) -> nn.Module:
         return RENDERERS[name](**taken)
     if name not in NETWORKS:
         raise unknown("network", name, [*NETWORKS, *RENDERERS, *LANGUAGE])
+    if isinstance(args.get("depth"), int) and args["depth"] > DEEPEST:
+        raise UserError(f"network {name!r} cannot be {args['depth']:.3g} layers deep", f"give a depth of at most {DEEPEST}")
     alone = getattr(NETWORKS[name], "stands_alone", False)  # its own arguments say everything
     if alone:
         args = {key: value for key, value in args.items() if key not in ("input_shape", "classes")}
@@ -203,6 +209,20 @@ def build(
     """
     if not isinstance(ref, str) or not ref:
         raise UserError(f"a network's name is a string, not {ref!r}", "name an embedded network such as cnn")
+    try:
+        return _made(ref, input_shape, classes, tokens, args)
+    except MISFITS as error:
+        if ref.startswith("python:"):
+            raise  # the user's own code, whose traceback is what helps
+        why = (str(error) or type(error).__name__).splitlines()[0][:300]
+        shown = ", ".join(f"{name}={value!r}" for name, value in args.items())[:300]
+        raise UserError(
+            f"{ref} cannot be made with {shown or 'these sizes'}: {why}", "`limbeck inspect --list` tells what it takes"
+        ) from error
+
+
+def _made(ref: str, input_shape: tuple[int, ...] | None, classes: int | None, tokens: Tokens | None, args: dict[str, Any]) -> nn.Module:
+    """As `build`; wrong sizes raise whatever the constructor raises."""
     shape = None if input_shape is None else tuple(int(n) for n in input_shape)
     kind, colon, name = ref.partition(":")
     if not colon:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
-from limbeck.storage import load_tensors, save_tensors, sha256, write_json, write_text
+from limbeck.storage import fingerprint, load_tensors, read_json, save_tensors, sha256, write_json, write_text
 from limbeck.zoo.cut import REFERENCE as CUT
 from limbeck.zoo.cut import resize
 from limbeck.zoo.hub import build_hub
@@ -22,6 +22,8 @@ from limbeck.zoo.sentence import SentenceEncoder, is_sentence_folder, load_sente
 
 FORMAT = "limbeck-model/1"
 WEIGHTS, CONFIG, NOTE = "model.safetensors", "config.json", "limbeck.json"
+DIGEST = "digest"
+"""The last key of a note: the fingerprint of all others. Notes without it are read too; they are older, or written by hand."""
 
 
 def _untie(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -74,18 +76,18 @@ def save_model(model: nn.Module, folder: str | Path, *, card: str = "", extra: d
         note["files"] = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
         if note["base"] == BASE:
             note["base_files"] = {p.name: sha256(p) for p in sorted((folder / BASE).glob("*.safetensors"))}
-        write_json(folder / NOTE, note)
+        _write_note(folder / NOTE, note)
     elif is_coded(model) or (getattr(model, "limbeck_config", None) or {}).get("ref") == CUT:
         _write_plain(model, folder, note)  # transformers could not open it
     elif isinstance(model, SentenceEncoder):
         with quiet():
             note["files"] = model.save(folder)
-        write_json(folder / NOTE, note)
+        _write_note(folder / NOTE, note)
     elif _is_transformers(model):
         with quiet():
             model.save_pretrained(folder)  # type: ignore[operator]
         note["files"] = {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
-        write_json(folder / NOTE, note)
+        _write_note(folder / NOTE, note)
     else:
         _write_plain(model, folder, note)
     write_text(folder / "README.md", card or f"# A network saved by limbeck\n\n`{kind}`, {note['parameters']} parameters.\n")
@@ -98,7 +100,11 @@ def _write_plain(model: nn.Module, folder: Path, note: dict[str, Any]) -> None:
     note |= getattr(model, "limbeck_config", None) or {}
     note["tied"] = tied
     note["files"] = {WEIGHTS: save_tensors(folder / WEIGHTS, stored)}
-    write_json(folder / CONFIG, note)
+    _write_note(folder / CONFIG, note)
+
+
+def _write_note(path: Path, note: dict[str, Any]) -> None:
+    write_json(path, {**note, DIGEST: fingerprint(json.loads(json.dumps(note)))})
 
 
 def read_note(folder: str | Path) -> dict[str, Any]:
@@ -113,12 +119,11 @@ def read_note(folder: str | Path) -> dict[str, Any]:
     path = folder / NOTE if (folder / NOTE).is_file() else folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} holds no model: it has no {CONFIG}", "give the folder that save_model wrote")
-    try:
-        note = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable: {error}", "restore or remake the folder") from None
+    note = read_json(path, "restore or remake the folder")
     if not isinstance(note, dict):
         raise UserError(f"{path} is not the note of a model", "restore or remake the folder")
+    if (digest := note.pop(DIGEST, None)) is not None and digest != fingerprint(note):
+        raise UserError(f"{path} was altered: its digest differs from its content", "restore or remake the folder")
     if any(not isinstance(note.get(key, {}), dict) for key in ("files", "base_files", "tied", "args", "extra")):
         raise UserError(f"{path} is not the note of a model", "restore or remake the folder")
     if note.get("format") != FORMAT:
@@ -237,7 +242,12 @@ def _rebuild(note: dict[str, Any], folder: Path, trust_python: bool) -> nn.Modul
     if not isinstance(ref, str):
         raise UserError(f"{folder} holds a {note.get('class')}, which limbeck cannot make by itself", "give load_model(folder, model=...)")
     args = _without_code(ref, dict(note.get("args", {})), folder, trust_python)
-    return build(ref, **args)
+    try:
+        return build(ref, **args)
+    except UserError as error:
+        raise UserError(f"the note of {folder} makes no network: {error.message}", error.hint) from None
+    except TypeError as error:  # an argument of `build` itself among those of the network
+        raise UserError(f"the note of {folder} makes no network: {error}", "restore or remake the folder") from None
 
 
 def _without_code(ref: str, args: dict[str, Any], folder: Path, trust_python: bool) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from limbeck.errors import UserError, nearest, unknown
+from limbeck.places import user_path
 
 
 @dataclass(frozen=True)
@@ -265,21 +265,29 @@ def open_language(name: str, tokens: Tokens, config_only: bool = False, new_head
     return model
 
 
+_OWN_CODE = "ask for the code by its name: put its file on PYTHONPATH and write model: python:<module>:<factory>"
+
+
 def open_config(name: str, overrides: Mapping[str, Any]) -> tuple[str, Any]:
     """The place and the configuration of a transformers model, some entries changed; no code of a folder is run.
 
     Raises:
         UserError: no such folder, no configuration of that library, or an entry that it does not have.
     """
-    local = Path(name).expanduser()
+    local = user_path(name)
     if name.startswith((".", "/", "~")) and not local.is_dir():
         raise UserError(f"no folder at {local}", "check the path after hf:")
     place = str(local) if local.is_dir() else name
     try:
         config = library().AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name} is not a transformers model that can be opened: {str(error).splitlines()[0]}", "check it") from None
+    except Exception as error:  # the library raises a dozen kinds, all about the configuration
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{name} needs code of its own, and limbeck runs no code of a model's folder", _OWN_CODE) from None
+        raise UserError(f"{name} is not a transformers model that can be opened: {why}", "check its config.json") from None
     for key, value in overrides.items():
+        if key == "trust_remote_code":
+            raise UserError(f"{name}: limbeck runs no code of a model's folder", _OWN_CODE)
         if not hasattr(config, key):
             offer = " or ".join(map(repr, nearest(key, config.to_dict())))
             raise UserError(f"{name}: the configuration has no entry {key!r}", f"did you mean {offer}?")

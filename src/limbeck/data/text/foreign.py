@@ -13,7 +13,8 @@ from typing import Any
 from limbeck import storage
 from limbeck.data.text.columns import Reading, reading, to_row
 from limbeck.data.text.rows import Corpus, Row, divide, part_of
-from limbeck.errors import UserError
+from limbeck.errors import MISFITS, UserError
+from limbeck.places import user_path
 
 HASHED = 256 << 20
 """Bytes up to which a file is known by its whole content; a larger one by its size, its time and 64 blocks of it."""
@@ -41,7 +42,7 @@ def file_identity(path: Path) -> list[Any]:
 
 
 def _file(path: str, kind: str) -> Path:
-    found = Path(path).expanduser()
+    found = user_path(path)
     if not found.is_file():
         raise UserError(f"no file at {found}", f"check the path after {kind}:")
     return found
@@ -58,7 +59,7 @@ def read_text_files(path: str, shares: dict[str, float], seed: int = 0) -> Corpu
     Raises:
         UserError: no such file, or one that is not UTF-8.
     """
-    base = Path(path).expanduser()
+    base = user_path(path)
     if base.is_dir():
         files = sorted(p for p in base.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     else:
@@ -169,7 +170,7 @@ def _parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 for record in batch.to_pylist():
                     yield record, f"{path}, row {number}"
                     number += 1
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, *MISFITS) as error:
         raise UserError(f"{path} is no readable parquet file: {error}", "check the file") from None
 
 
@@ -198,7 +199,7 @@ def read_records(
     Raises:
         UserError: a missing or broken file (with the line), or missing columns.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if folder.is_dir():
         named = {part: folder / f"{part}.{kind}" for part in ("train", "test", "valid")}
         if not named["train"].is_file() or not named["test"].is_file():

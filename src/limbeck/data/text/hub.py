@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from limbeck.data.hub import open_hub
 from limbeck.data.text.foreign import Records, file_identity, records_corpus
 from limbeck.data.text.rows import Corpus
 from limbeck.errors import UserError
+from limbeck.places import user_path
 
 
 def read_hub(
@@ -64,7 +64,7 @@ def _hub_identity(path: str, config: str | None, parts: dict[str, Any]) -> list[
             marks[part] = [str(info.version), info.builder_name, info.config_name, sorted(map(str, sums)), info.dataset_size]
         else:
             marks[part] = mark
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         return ["hf", config, path, marks]
     return ["hf", config, [[f.relative_to(folder).as_posix(), *file_identity(f)[1:]] for f in sorted(folder.rglob("*")) if f.is_file()]]

@@ -30,7 +30,7 @@ Columns = Mapping[str, str]
 def _lines(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of a manifest; a torn last line is left out."""
     try:
-        content = (folder / "manifest.jsonl").read_text()
+        content = (folder / "manifest.jsonl").read_bytes().decode("utf-8", "replace")
     except FileNotFoundError:
         return []
     lines = []
@@ -40,7 +40,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
             if storage.sha256(body.encode())[:16] != mark:
                 break
             lines.append(json.loads(body))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return lines
 

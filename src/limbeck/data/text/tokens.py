@@ -13,6 +13,7 @@ import numpy as np
 from limbeck import places, storage
 from limbeck.data.text.rows import Corpus, draw
 from limbeck.errors import UserError
+from limbeck.places import user_path
 
 if TYPE_CHECKING:
     from limbeck.data.text.notion import Text
@@ -137,7 +138,7 @@ def _minilm() -> str:
 
 
 def _read(name: str) -> Any:
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if name.startswith((".", "/", "~")) and not folder.exists():
         raise UserError(f"no folder at {folder}", "check the path of the tokenizer")
     try:
