@@ -250,7 +250,7 @@ def main() -> None:
         print(memory(given.memory, given.steps, given.width, given.batch))
         return
     width, batch = (4, 4) if given.quick else (64, 64)
-    found, rows = steps_cost(width, batch, *((2, 1) if given.quick else (2, 7)))
+    found, rows = steps_cost(width, batch, *((2, 1) if given.quick else (2, 5)))
     held, more = memories(width, batch, given.quick)
     say("condensation", given.quick, rows + more, targets=TARGETS, **found, **held)
 

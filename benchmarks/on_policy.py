@@ -240,9 +240,10 @@ def measure(quick: bool, rounds: int) -> tuple[dict[str, Any], list[dict[str, An
         found[name]["limbeck_over"] = round(middle(speeds), 3)
         if name != "limbeck":
             own = found["limbeck"]
-            text = f"{limit['gflop']:.0f} Gflop: {limit['ms'] / 1e3:.2f} s; limbeck takes {own['step_s']} s, of it {own['parts_s']}"
+            told = [", ".join(f"{part} {value} s" for part, value in one.items()) for one in (own["parts_s"], parts)]
+            text = f"{limit['gflop']:.0f} Gflop: {limit['ms'] / 1e3:.2f} s; limbeck takes {own['step_s']} s: {told[0]}"
             spread = [round(quantile(speeds, share), 3) for share in (0.25, 0.75)]
-            note = f"{own['tokens_a_second']} against {rate} tokens/s; parts of the other: {parts}"
+            note = f"{own['tokens_a_second']} against {rate} tokens/s; parts of the other: {told[1]}"
             target = TARGET if name == PEER else None
             rows.append(row(title, found[name]["limbeck_over"], target, higher=True, floor=text, iqr=spread, note=note))
     return found, rows

@@ -41,6 +41,19 @@ def test_importing_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_digits_are_scikit_learns_and_need_no_import_of_it():
+    """Importing scikit-learn takes longer than reading its file by a hundred times; every run of the first recipe would wait for it."""
+    code = "import sys; from limbeck.data.embedded import digits; digits(); print('sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    from sklearn.datasets import load_digits
+
+    from limbeck.data.embedded import digits
+
+    own, theirs = digits().train, load_digits()
+    assert torch.equal(own.inputs, torch.from_numpy(theirs.images).float().div(16)[:, None])
+    assert torch.equal(own.labels, torch.from_numpy(theirs.target).long())
+
+
 def test_digits_are_split_evenly_and_without_overlap(digits):
     assert (len(digits.train), len(digits.test), digits.input_shape, digits.images) == (1347, 450, (1, 8, 8), True)
     counts = torch.bincount(digits.test.labels)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 
 import numpy as np
 import pyarrow as pa
@@ -124,14 +125,15 @@ def test_named_test_files_are_the_test_part_and_content_changes_the_fingerprint(
     assert open_data(f"stream:{folder}", classes=["c0", "c1", "c2", "c3"]).fingerprint != data.fingerprint
 
 
-def test_pictures_in_parquet_are_decoded_batch_by_batch(tmp_path):
+def png(value):
     from PIL import Image
 
-    def png(value):
-        file = io.BytesIO()
-        Image.new("L", (4, 4), value).save(file, "png")
-        return {"bytes": file.getvalue(), "path": None}
+    file = io.BytesIO()
+    Image.new("L", (4, 4), value).save(file, "png")
+    return {"bytes": file.getvalue(), "path": None}
 
+
+def test_pictures_in_parquet_are_decoded_batch_by_batch(tmp_path):
     (tmp_path / "p").mkdir()
     pq.write_table(pa.table({"image": [png(n) for n in range(40)], "label": [n % 2 for n in range(40)]}), tmp_path / "p" / "a.parquet")
     data = open_data(f"stream:{tmp_path / 'p'}", test=8)
@@ -155,6 +157,8 @@ def test_a_hub_stream_gives_the_same_batches_after_a_stop(tmp_path):
     assert seen(batches.epoch(1, 4)) == whole[4:]
     with pytest.raises(UserError, match="no row numbers"):
         data.train.batch(torch.tensor([5]))
+    with pytest.raises(UserError, match="has the classes a, b, c"):
+        open_data(f"stream:hf:{tmp_path / 'saved'}", rows=90, test=10, classes=["a", "b"])
 
 
 def test_a_student_learns_from_a_stream_and_a_stopped_run_ends_alike(tmp_path, tiny, limbeck):
@@ -203,11 +207,42 @@ def test_a_teachers_outputs_for_a_stream_can_be_stored(tmp_path, tiny, limbeck):
         ({"classes": ["c0"]}, "which is none of its 1"),
         ({"labelled": 5}, "cannot be hidden"),
         ({"train": 50}, "cannot be cut"),
+        ({"rows": 103}, "rows is for stream:hf:"),
+        ({"config": "en"}, "config is for stream:hf:"),
+        ({"size": 8}, "are for pictures"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path, change, words):
     with pytest.raises(UserError, match=words):
         open_data(f"stream:{shards(tmp_path / 's')}", test=10, **change)
+
+
+@pytest.mark.parametrize("label", [None, 0])
+def test_a_label_that_is_no_class_is_said_also_where_it_counts_as_false(tmp_path, label):
+    (tmp_path / "s").mkdir()
+    pq.write_table(pa.table({"x": [float(n) for n in range(20)], "label": [1, 2] * 9 + [1, label]}), tmp_path / "s" / "a.parquet")
+    with pytest.raises(UserError, match=f"class {label}, which is none of its 2"):
+        open_data(f"stream:{tmp_path / 's'}", test=4, classes=[1, 2])  # the last row is held out, so it is read now
+
+
+@pytest.mark.parametrize("kind", ["table", "pictures"])
+def test_altered_shards_give_rows_or_one_line(tmp_path, kind):
+    """Bytes of footers, pages and pictures; an altered footer once ended the whole process inside pyarrow."""
+    draw, path = random.Random(1), tmp_path / "x.parquet"
+    columns = {"x0": np.arange(24.0)} if kind == "table" else {"image": [png(n) for n in range(24)]}
+    table = pa.table(columns | {"label": [f"c{n % 3}" for n in range(24)]})
+    pq.write_table(table, path, row_group_size=6, compression="none", use_dictionary=False)
+    sound, answers = path.read_bytes(), set()
+    for _ in range(60):
+        altered = bytearray(sound)
+        for _ in range(draw.randint(1, 3)):
+            altered[draw.randrange(len(altered))] = draw.randrange(256)
+        path.write_bytes(altered)
+        try:
+            answers.add(sum(map(len, Batches(open_data(f"stream:{path}", test=4).train, 4, seed=0).epoch(0))))
+        except UserError as error:
+            answers.add(error.message.isprintable())
+    assert {20, True} <= answers and False not in answers
 
 
 def test_broken_and_foreign_shards_are_named(tmp_path):

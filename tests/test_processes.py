@@ -221,6 +221,58 @@ def test_fsdp_1_is_refused(monkeypatch):
         processes.begin("cpu")
 
 
+def test_commands_that_cannot_share_their_work_say_so(limbeck, tmp_path):
+    launcher = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for command in (["compare", "digits", "--methods", "kd"], ["cache", "digits", "--out", tmp_path / "store"]):
+        done = limbeck(*command, **launcher)
+        assert done.returncode == 2 and "process 1: `limbeck" in done.stderr and "without one" in done.stderr
+
+
+def test_a_save_that_all_wished_for_is_made_once(monkeypatch):
+    from limbeck.engine.agreement import Agreement
+
+    class Done:
+        def wait(self):
+            """Nobody else is there."""
+
+    monkeypatch.setattr(processes, "world", lambda: 2)
+    monkeypatch.setattr(processes, "wish", lambda values: Done())
+    agreed = Agreement()
+    assert [agreed(False, late) for late in (True, True, False, False)] == [(False, False), (False, True), (False, False), (False, False)]
+    assert [agreed(stop, False)[0] for stop in (True, True)] == [False, True]
+    assert agreed.close() and not agreed.close()  # a stop that was wished for in the last step of a phase is not lost
+
+
+def test_closing_trackers_leaves_the_processes_together(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from limbeck.engine.callbacks import Trackers
+
+    trackers, left = Trackers(["tensorboard"], tmp_path, {}), []
+    trackers.log({"phase": "student", "step": 1, "loss": 2.0})
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda *group: left.append(group))
+    trackers.close()
+    assert not left and any((tmp_path / "trackers").rglob("events*"))
+
+
+def test_a_full_disk_of_process_0_is_told_as_such():
+    told = processes._portable(OSError(28, "No space left on device", "runs/x"))
+    assert isinstance(told, processes.Told) and "disk is full at runs/x" in told.message
+    assert not isinstance(processes._portable(KeyError("x")), processes.Told)
+
+
+def test_a_loader_is_not_shared_out():
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from limbeck.data import LoaderSplit
+    from limbeck.errors import UserError
+
+    loader = LoaderSplit(DataLoader(TensorDataset(torch.zeros(10, 2), torch.zeros(10).long()), batch_size=4))
+    assert len(Batches(loader, 4)) == 3
+    with pytest.raises(UserError, match="which 2 processes cannot share out"):
+        Batches(loader, 4, share=(0, 2))
+
+
 def test_what_cannot_be_sharded_is_refused():
     from limbeck.errors import UserError
     from limbeck.knowledge.methods.kd import KD

@@ -274,6 +274,20 @@ def test_a_note_cannot_switch_code_on(tmp_path, mark):
         sys.modules.pop("factory_x", None)
 
 
+def test_code_of_a_pipelines_folder_is_never_run(tmp_path, mark, monkeypatch):
+    """Also where the library itself would run it, as older ones do."""
+    diffusers = pytest.importorskip("diffusers")
+    from limbeck.sampling import pipelines
+
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass X: pass\n")
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", lambda *given, **named: mark.touch())
+    place = pipelines._Place(str(tmp_path))
+    for part in ("text_encoder", "tokenizer", "scheduler"):
+        index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"], part: ["evil", "X"]}
+        assert "runs no code" in refused(pipelines._encoded, place, index, "unet", ["a cat"], "cpu", names=tmp_path)
+
+
 # ---- nothing is written elsewhere ----
 
 
@@ -332,6 +346,9 @@ def test_links_in_a_run_folder_lead_nowhere(tiny, tmp_path):
         "checkpoints": outside,
         "log.jsonl": outside / "log.jsonl",
         "trackers": Path("../outside"),
+        ".probe": outside / "new",
+        ".lock": outside / "keep.txt",
+        "loop": Path("loop"),
     }.items():
         folder = tmp_path / f"run-{name}"
         folder.mkdir()

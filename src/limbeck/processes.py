@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from limbeck.errors import UserError
+from limbeck.errors import UserError, of_system
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,6 +39,16 @@ def asked() -> int:
 def number() -> int:
     """This process's number as the environment says it; 0 without a launcher. Needs no torch."""
     return int(os.environ["RANK"]) if asked() > 1 else 0
+
+
+def check_alone(command: str, instead: str) -> None:
+    """Refuse a launcher for a command whose work several processes cannot share.
+
+    Raises:
+        UserError: naming the command.
+    """
+    if asked() > 1:
+        raise UserError(f"`limbeck {command}` works in one process, and a launcher started {asked()}", instead)
 
 
 def begin(device: str = "auto", mode: Mode = "auto") -> None:
@@ -169,8 +179,9 @@ def first_then_others(action: Callable[[], T]) -> T:
 
 def _portable(error: Exception) -> Exception:
     """An error that another process can raise; what cannot travel becomes its text."""
-    if isinstance(error, UserError):
-        return Told(error.message, error.hint)
+    known = error if isinstance(error, UserError) else of_system(error)
+    if known is not None:
+        return Told(known.message, known.hint)
     return RuntimeError(f"process 0: {type(error).__name__}: {error}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,6 +135,7 @@ def _open_folder(folder: Path, recipe: schema.Recipe, resume: bool) -> Any:
         raise UserError(f"{folder} is a file", "name a folder with --out")
     if resume and not (folder / "recipe.yaml").is_file():
         raise UserError(f"there is no run to resume in {folder}", "leave --resume away, or name the folder of a run with --out")
+    _check_links(folder, folder.rglob("*") if resume else [folder / ".lock", folder / ".probe"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
@@ -154,7 +155,6 @@ def _open_folder(folder: Path, recipe: schema.Recipe, resume: bool) -> Any:
                 raise UserError(f"{folder} already holds a run", "add --resume to go on with it, or name another folder with --out")
             old = schema.resolve(schema.parse_yaml(before.read_text(encoding="utf-8"), str(before)), str(before))
             changed = _differences(binding(old), binding(recipe))
-            _check_links(folder)
             if changed:
                 raise UserError(
                     f"{folder} was made by another recipe: {'; '.join(changed[:4])}",
@@ -177,15 +177,21 @@ def _left(path: Path) -> bool:
     return path.name == ".probe" or (path.name.startswith(".recipe.yaml.") and path.suffix == ".tmp")
 
 
-def _check_links(folder: Path) -> None:
+def _check_links(folder: Path, paths: Iterable[Path]) -> None:
     """A run folder that came from elsewhere must not make us write somewhere else.
 
     Raises:
-        UserError: a link inside it leads out of it.
+        UserError: one of the paths in it is a link that leads out of it, or nowhere.
     """
     home = folder.resolve()
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(home):
+    for path in paths:
+        if not path.is_symlink():
+            continue
+        try:
+            inside = path.resolve().is_relative_to(home)
+        except (OSError, RuntimeError):  # it leads to itself
+            inside = False
+        if not inside:
             raise UserError(f"{path} is a link that leads out of the run's folder", "remove it, or copy what it leads to")
 
 
@@ -312,6 +318,8 @@ def _execute(
         stop_on_alarm=recipe.stop_on_alarm,
         callbacks=everyone,
     )
+    if recipe.parallel == "fsdp" and processes.world() == 1:
+        session.notes.append("parallel is fsdp, and this is one process: nothing is cut (start it with torchrun or accelerate launch)")
     if wing not in JOBS:
         raise UserError(f"the wing {wing} cannot be run yet", "`limbeck methods` lists what can")
     try:

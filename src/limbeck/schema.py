@@ -418,7 +418,11 @@ class Checkpoints(Strict):
 
 
 class Recipe(Strict):
-    """Everything that a run needs to know. See docs/recipes.md for the same in prose."""
+    """Everything that a run needs to know. See docs/recipes.md for the same in prose.
+
+    `precision`: autocast in bf16 or fp16. `parallel`: how models lie on several processes: "ddp" whole on each, "fsdp" cut over all;
+    "auto" is what the launcher asks for, else whole. On one process nothing is cut.
+    """
 
     name: str = "run"
     about: str = ""

@@ -47,7 +47,7 @@ def cache(
     before anything is written. The store is bound to this teacher and this data by fingerprints: a run with others refuses it.
     Ctrl-C is safe: the same command goes on.
 
-    Of a language model a row is a scored token, and the form topk is the one to take: 64 of a vocabulary of 32,000 are 324 bytes.
+    Of a language model a row is a scored token, and the form topk is the one to take: 64 of a vocabulary of 32,000 are 260 bytes.
 
     Examples: limbeck cache digits --out stores/digits | limbeck cache lm --out stores/lm --form topk --top-k 64
 
@@ -55,10 +55,12 @@ def cache(
 
     limbeck run digits --set teacher.store=stores/digits   (trains from what was stored)
     """
+    from limbeck import processes
     from limbeck import recipe as schema
     from limbeck.errors import UserError, unknown
     from limbeck.scaling.sizing import Sizing
 
+    processes.check_alone("cache", "start it without one; --engine ray has many workers")
     changes = list(set or [])
     checked = schema.load(recipe, changes)
     if form not in ("float16", "float32", "topk"):

@@ -42,10 +42,12 @@ def compare(
 
     limbeck compare digits --methods alone,kd --seeds 8 --engine ray --address auto   (docs/scale-ray.md)
     """
+    from limbeck import processes
     from limbeck import recipe as schema
     from limbeck.run import new_folder
     from limbeck.scaling.sizing import Sizing
 
+    processes.check_alone("compare", "start it without one; --workers N or --engine ray make runs side by side")
     sizing = Sizing(engine, workers, worker_cpus, worker_gpus, address)
     if engine == "ray":
         from limbeck.scaling.cluster import ready

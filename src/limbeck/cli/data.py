@@ -24,5 +24,6 @@ def data() -> None:
         Console().print(table)
         print()
     print("your own: hf:<id or folder>  folder:<images>  csv:<file>  parquet:<file>  idx:<folder>")
+    print("larger than memory: stream:<folder, file or pattern of Parquet files>  stream:hf:<id>   (docs/scale.md)")
     print("views:    posed:<folder> with transforms.json and pictures")
     print("texts:    text:<folder or pattern>  jsonl:<file>, and with a `text` block in the recipe csv:, parquet: and hf: too")

@@ -63,7 +63,7 @@ class Batches:
         share: (r, R): give every R-th sample of each batch, from the r-th on: what one of several processes computes.
 
     Raises:
-        UserError: an empty split, a batch size below 1, or a labelled share that the labels cannot give.
+        UserError: an empty split, a batch size below 1, a labelled share that the labels cannot give, or a loader that is to be shared out.
     """
 
     def __init__(
@@ -82,6 +82,9 @@ class Batches:
             raise UserError("there are no samples to make batches of", "check the data's train, test and valid sizes")
         if batch_size < 1:
             raise UserError(f"batch size is {batch_size}", "give at least 1")
+        if share[1] > 1 and isinstance(split, LoaderSplit):
+            message = f"an iterable loader has batches of its own, which {share[1]} processes cannot share out"
+            raise UserError(message, "give a map-style Dataset or tensors")
         self.split, self.batch_size, self.seed, self.shuffle, self.workers = split, batch_size, seed, shuffle, workers
         self.drop_last = (shuffle and len(split) >= batch_size) if drop_last is None else drop_last
         self._own = slice(share[0], None, share[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class ParquetRows(Rows):
             for group in range(facts.num_row_groups):
                 self.groups.append((number, group))
                 sizes.append(facts.row_group(group).num_rows)
-            marks.append([file.stat().st_size, storage.fingerprint(facts.to_dict())])
+            marks.append([file.stat().st_size, _footer(file)])
         self._marks = marks
         self._sources = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # where each group begins in the files
         self._starts = self._sources  # the same without held rows
@@ -180,6 +181,15 @@ def _facts(file: Path) -> Any:
         raise UserError(f"{file} is not a readable Parquet file: {error}", "restore the file; it may be truncated") from None
 
 
+def _footer(file: Path) -> str:
+    """The digest of a file's footer. (To have pyarrow put it into words ends the whole process where it was altered.)"""
+    with file.open("rb") as opened:
+        opened.seek(-8, os.SEEK_END)
+        size = int.from_bytes(opened.read(4), "little")
+        opened.seek(-8 - size, os.SEEK_END)
+        return storage.sha256(opened.read(size))[:16]
+
+
 # ---- from columns to tensors ----
 
 
@@ -192,6 +202,14 @@ def _features(schema: Any) -> Any:
         if isinstance(feature, dict) and {"bytes", "path"} == set(feature):
             found[name] = datasets.Image()
     return found
+
+
+def _decoded(features: Any, table: Any, names: Sequence[str]) -> Any:
+    try:
+        return features.decode_batch({name: table[name].to_pylist() for name in names})
+    except Exception as error:  # readers of pictures raise a dozen kinds, all about the rows
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"rows of the stream cannot be read: {why}", "restore or remove the shard with them") from None
 
 
 class Decoder:
@@ -217,7 +235,7 @@ class Decoder:
         """`(inputs, labels)` of a `pyarrow.Table`; pictures are still uint8."""
         table_of_numbers = set(self.columns.values()) == {"number"}
         needed = [*([] if table_of_numbers else self.columns), *([] if self.target is None else [self.target])]
-        rows = self.features.decode_batch({name: table[name].to_pylist() for name in needed})
+        rows = _decoded(self.features, table, needed)
         if table_of_numbers:
             values = [table[name].to_numpy().astype(np.float32) for name in self.columns]  # of a missing value NaN
             inputs = torch.from_numpy(np.stack(values, 1))
@@ -228,9 +246,9 @@ class Decoder:
         if self.target is None:
             return inputs, None
         labels = rows[self.target]
-        if strange := next((label for label in labels if label not in self.numbers), None):
-            known = len(self.numbers)
-            raise UserError(f"the stream has the class {strange!r}, which is none of its {known}", "name all in data.args.classes")
+        if strange := [label for label in labels if label not in self.numbers]:
+            known, hint = len(self.numbers), "name all in data.args.classes; every row needs a label"
+            raise UserError(f"the stream has the class {strange[0]!r}, which is none of its {known}", hint)
         return inputs, torch.tensor([self.numbers[label] for label in labels], dtype=torch.long)
 
 
@@ -239,6 +257,9 @@ def _classes(rows: Rows, target: str | None, feature: Any, given: int | list[Any
     if target is None:
         return (), None
     if hasattr(feature, "names"):
+        if given is not None and given not in (len(feature.names), list(feature.names)):
+            own = ", ".join(feature.names)
+            raise UserError(f"data.args.classes is {given}, and column {target!r} has the classes {own}", "leave it out")
         return tuple(range(len(feature.names))), tuple(feature.names)
     if given is not None:
         names = tuple(range(given)) if isinstance(given, int) else tuple(given)
@@ -250,8 +271,12 @@ def _classes(rows: Rows, target: str | None, feature: Any, given: int | list[Any
 
     found: set[Any] = set()
     for file in rows.files:
-        for part in pyarrow.parquet.ParquetFile(file).iter_batches(columns=[target]):
-            found |= set(pyarrow.compute.unique(part.column(0)).to_pylist())
+        try:
+            with pyarrow.parquet.ParquetFile(file) as reader:
+                for part in reader.iter_batches(columns=[target]):
+                    found |= set(pyarrow.compute.unique(part.column(0)).to_pylist())
+        except Exception as error:  # as in `_facts`
+            raise UserError(f"the column {target!r} of {file} cannot be read as classes: {error}", "restore the file") from None
     if None in found:
         raise UserError(f"column {target!r} has rows without a label", "remove or fill them")
     if any(isinstance(value, float) and value % 1 for value in found):
@@ -280,7 +305,7 @@ def _decoder(
     made = Decoder(used, features, target, held, size, 3 if channels is None else channels)
     if channels is None and "image" in used.values():
         column = next(name for name, kind in used.items() if kind == "image")
-        first = features.decode_batch({column: rows.take(np.arange(1))[column].to_pylist()})[column][0]
+        first = _decoded(features, rows.take(np.arange(1)), [column])[column][0]
         made = Decoder(used, features, target, held, size, 1 if first.mode in ("1", "L") else 3)
     return made, own
 
@@ -365,6 +390,9 @@ def read_stream(
     if path.startswith("hf:"):
         parts = _hub(path[3:], config, rows)
     else:
+        for name, value in (("rows", rows), ("config", config)):
+            if value is not None:
+                raise UserError(f"data.args.{name} is for stream:hf:, and {path} is Parquet files", "leave it out")
         parts = {part: ParquetRows(files) for part, files in _files(path).items() if files}
     if "train" not in parts:
         raise UserError(f"{path} has no train part, only {', '.join(parts)}", "name one of them train")
@@ -373,6 +401,8 @@ def read_stream(
         decode, names = _decoder(train, label, columns, classes, size, channels)
     except ImportError:
         raise UserError("datasets is not installed", "`pip install 'limbeck[hf]'`") from None
+    if "image" not in decode.columns.values() and (size, channels) != (None, None):
+        raise UserError("data.size and data.channels are for pictures, and the stream has none", "leave them out")
     table = set(decode.columns.values()) == {"number"}
     if table:
         decode.scale = _moments(train, decode)

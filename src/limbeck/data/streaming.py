@@ -96,6 +96,7 @@ class StreamSplit(Split):
                 if len(pick) == size or not drop_last:
                     yield self._batch(table.take(pick), None if positions is None else torch.from_numpy(positions[pick]))
             number, skip = number + 1, 0
+            del positions, table  # before the next window is read
 
     def _windows(self, seed: int, epoch: int, shuffle: bool, first: int, size: int) -> Iterator[Piece]:
         import pyarrow
@@ -107,8 +108,9 @@ class StreamSplit(Split):
                 held.append((None if numbers is None else numbers[:room], table.slice(0, room)))
                 numbers, table = None if numbers is None else numbers[room:], table.slice(room)
                 if sum(part.num_rows for _, part in held) == size:
-                    yield _joined(held, pyarrow)
-                    held = []
+                    joined, held = _joined(held, pyarrow), []  # its parts are let go before it is used
+                    yield joined
+                    del joined
         if held:
             yield _joined(held, pyarrow)
 

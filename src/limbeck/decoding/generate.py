@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from limbeck import processes
 from limbeck.decoding.cached import Cached, check_context, context_of, evaluating, forward_arguments, is_encoder_decoder, no_cache
 from limbeck.decoding.sampling import check_generator, check_sampling, sample
 from limbeck.errors import UserError
@@ -52,6 +53,16 @@ class _Decoder:
         return out.logits[:, -1:, : self.vocabulary]
 
 
+def _check_whole(model: nn.Module) -> None:
+    """Processes would wait for each other without end: each writes other texts, of other lengths."""
+    if not processes.sharding():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise UserError("a model that is cut over several processes cannot write texts", "set parallel=ddp")
+
+
 def generate(
     model: nn.Module,
     ids: Tensor,
@@ -85,8 +96,10 @@ def generate(
         vocabulary: only the first so many logits are tokens (output matrices are often padded).
 
     Raises:
-        UserError: no prompts, empty or right-padded prompts, more positions than the model has, a model without a cache.
+        UserError: no prompts, empty or right-padded prompts, more positions than the model has, a model without a cache, or one that is cut
+            over processes.
     """
+    _check_whole(model)
     check_sampling(temperature, top_k, top_p)
     check_generator(generator, ids.device)
     mask = check_prompts(ids, mask, new_tokens)

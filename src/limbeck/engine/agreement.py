@@ -26,12 +26,15 @@ class Agreement:
             wishes, work = self._under_way
             work.wait()  # type: ignore[attr-defined]
             decided = bool(wishes[0]), bool(wishes[1])
-        wishes = torch.tensor([stop, save], dtype=torch.int32)
+        wishes = torch.tensor([stop, save and not decided[1]], dtype=torch.int32)  # what is granted now is not wished for once more
         self._under_way = wishes, processes.wish(wishes)
         return decided
 
-    def close(self) -> None:
-        """Take in the wishes that are still under way; they are void."""
-        if self._under_way is not None:
-            self._under_way[1].wait()  # type: ignore[attr-defined]
-            self._under_way = None
+    def close(self) -> bool:
+        """Take in the wishes of the last step; whether somebody wished to stop (a save is made there anyway)."""
+        if self._under_way is None:
+            return False
+        wishes, work = self._under_way
+        work.wait()  # type: ignore[attr-defined]
+        self._under_way = None
+        return bool(wishes[0])

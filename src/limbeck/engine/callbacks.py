@@ -103,8 +103,9 @@ class Trackers(Callback):
             self.accelerator.log(values, step=record["step"])
 
     def close(self) -> None:
-        """Flush and close every tracker."""
-        self.accelerator.end_training()
+        """Flush and close every tracker. Accelerate's `end_training` would also leave the other processes, which are still needed."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def available_trackers(wanted: list[str] | str) -> list[str]:

@@ -83,7 +83,7 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((numbers["name"], numbers["keys"].numpy().astype(np.uint32), *numbers["rest"]))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])  # a run may go on with fewer of them
 
 
 def of_process(state: Mapping[str, Any], rank: int, world: int) -> dict[str, Any]:

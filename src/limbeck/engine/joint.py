@@ -60,11 +60,11 @@ class JointTurn:
         with self._whole.no_sync():
             return self._whole(turn, part, clock)
 
-    def reached(self, step: int) -> bool:
+    def reached(self, step: int, loss: Tensor) -> bool:
         """Whether the loss has a gradient on some process; asked of the others in the first step only."""
-        if self._whole is None or step > 0:
+        if step > 0:
             return True
-        return any(processes.every(self._whole.module.own))
+        return any(processes.every(loss.requires_grad if self._whole is None else self._whole.module.own))
 
 
 def joint_turn(program: Program, optimizer: torch.optim.Optimizer) -> JointTurn:

@@ -182,7 +182,7 @@ class Loop:
                     self._norms |= term_norms(terms, [p for group in optimizer.param_groups for p in group["params"]])
                 loss = _total(terms.values())
                 if optimizer is not None:
-                    if not (loss.requires_grad if self.world == 1 else losses.reached(step)):
+                    if not (loss.requires_grad if self.world == 1 else losses.reached(step, loss)):
                         raise UserError(
                             f"the loss of the turn {turn} has no gradient (terms: {', '.join(terms)})",
                             "the student has no trainable weight on the way to its output, or the method detaches it",
@@ -418,9 +418,11 @@ class Loop:
                 self._agreed = Agreement()
                 while clock.step < plan.total and not self.outcome.stopped_early:
                     self._epoch(requested)
-                self._agreed.close()
+                stop = self._agreed.close()
             self._flush()
             self._save(done=True)
+            if stop:
+                raise Interrupted(self.phase, clock.step, plan.total)
         for callback in self.callbacks:
             callback.finish(self.phase)
         self.outcome.steps = clock.step

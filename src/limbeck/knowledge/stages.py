@@ -219,9 +219,14 @@ def _steps(training: Any, data: Data, method: Any) -> int:
 
 
 def _own_copies(spec: schema.Teacher, method: Any, networks: Mapping[str, nn.Module], session: Session) -> Mapping[str, nn.Module]:
-    """A teacher that learns must not change the object that the user gave; a sharded one is a copy of a whole one on the processor."""
+    """A teacher that learns must not change the object that the user gave; a sharded one is a copy of a whole one on the processor.
+
+    One that no step reads stays whole: it writes texts before the training, on process 0 alone.
+    """
     kind = method.teacher_kind if spec.kind == "auto" else spec.kind
     if processes.sharding() and kind == "frozen":
+        if not method.wants()[1]:
+            return {name: network.to(session.device) for name, network in networks.items()}
         return {
             name: sharding.shard(copy.deepcopy(network.to("cpu")), session.device, session.precision) for name, network in networks.items()
         }

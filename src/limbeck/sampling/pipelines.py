@@ -110,6 +110,12 @@ def _encoded(place: _Place, index: Mapping[str, Any], kind: str, prompts: Sequen
             raise UserError(f"{place.name} names the text encoder {name}, and has no such folder", "restore it, or give stored embeddings")
     asked = inspect.signature(pipeline.__init__).parameters
     out = {name: None for name in (*FOLDERS, "vae", "safety_checker", "feature_extractor", "image_encoder") if name in asked}
+    for name, value in index.items():  # older versions of diffusers would import such a file
+        library_name = value[0] if isinstance(value, (list, tuple)) and value else None
+        if name in out or library_name in (None, "transformers", "diffusers") or hasattr(diffusers.pipelines, str(library_name)):
+            continue
+        hint = "give stored embeddings as prompts: {table, mask, pooled} or a safetensors file of them"
+        raise UserError(f"{place.name} names code of its own for its {name}, and limbeck runs no code of a model's folder", hint)
     try:
         made = pipeline.from_pretrained(place.name, **out, use_safetensors=True).to(device)
     except Exception as error:  # loading may fail in any way; the message is all that helps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,10 @@ def find_groups(network: nn.Module, inputs: Any, kinds: tuple[str, ...] = ("chan
     if "heads" in kinds:
         found += head_groups(network)
     offered = []
+    # one proof for all: what is wrong with one group shows in the outputs without all of them; only then is each looked at alone
+    together = bool(found) and _wrong(network, inputs, found) is None
     for group in found:
-        if (why := _wrong(network, inputs, group)) is None:
+        if together or (why := _wrong(network, inputs, [group])) is None:
             offered.append(group)
         else:
             refused[group.name] = why
@@ -195,21 +197,22 @@ def _module_slices(path: str, module: nn.Module, out: bool, index: Tensor) -> tu
     return f"{path} ({type(module).__name__}) normalises or mixes all of them"
 
 
-def _wrong(network: nn.Module, inputs: Any, group: Group) -> str | None:
-    """Why a group cannot be removed; None where removing it is the same as no longer reading it."""
-    if group.units < 2:
+def _wrong(network: nn.Module, inputs: Any, groups: Sequence[Group]) -> str | None:
+    """Why groups cannot be removed; None where removing every second unit of all is the same as no longer reading them."""
+    if any(group.units < 2 for group in groups):
         return "it has one unit only"
-    units = list(range(0, group.units, 2))
+    units = {group.name: list(range(0, group.units, 2)) for group in groups}
     reference = copy.deepcopy(network)
     with torch.no_grad(), evaluating(network):
-        for part in group.slices:
-            if part.enters:
-                tensor = getattr(reference.get_submodule(part.path), part.tensor)
-                tensor.index_fill_(part.dim, part.index[units].flatten().to(tensor.device), 0.0)
+        for group in groups:
+            for part in group.slices:
+                if part.enters:
+                    tensor = getattr(reference.get_submodule(part.path), part.tensor)
+                    tensor.index_fill_(part.dim, part.index[units[group.name]].flatten().to(tensor.device), 0.0)
         reference.eval()
         try:
             expected = first_tensor(call(reference, inputs))
-            got = first_tensor(call(removed(network, [group], {group.name: units}).eval(), inputs))
+            got = first_tensor(call(removed(network, groups, units).eval(), inputs))
         except Exception as error:  # a shape that is written down somewhere in a foreign forward pass
             return f"the network does not run without them ({type(error).__name__})"
     if expected is None or got is None or got.shape != expected.shape:
