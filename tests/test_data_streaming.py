@@ -107,12 +107,15 @@ def test_held_out_rows_are_spread_and_never_trained_on(tmp_path):
 def test_a_table_is_scaled_by_its_own_moments_and_its_classes_are_found(tmp_path):
     data = open_data(f"stream:{shards(tmp_path / 's')}", test=13)
     assert data.classes == ("c0", "c1", "c2", "c3") and data.input_shape == (2,) and len(data.test) == 13
+    held = np.linspace(0, 102, 13).astype(int)
     rows = np.stack([np.arange(103.0), np.sqrt(np.arange(103.0))], 1)
-    scaled = (rows - rows.mean(0)) / rows.std(0)
+    own = np.delete(rows, held, 0)  # test rows have no part in mean and deviation
+    scaled = (rows - own.mean(0)) / own.std(0)
     batch = data.train.batch(torch.arange(90))
-    numbers = (batch.inputs[:, 0] * rows[:, 0].std() + rows[:, 0].mean()).round().long()
+    numbers = np.delete(np.arange(103), held)
     assert torch.allclose(batch.inputs, torch.tensor(scaled[numbers], dtype=torch.float32), atol=1e-4)
-    assert torch.equal(batch.labels, numbers % 4)
+    assert torch.equal(batch.labels, torch.from_numpy(numbers % 4))
+    assert torch.allclose(data.test.inputs, torch.tensor(scaled[held], dtype=torch.float32), atol=1e-4)
 
 
 def test_named_test_files_are_the_test_part_and_content_changes_the_fingerprint(tmp_path):

@@ -76,9 +76,8 @@ def test_plan_tells_what_each_card_holds_and_when_storing_pays(tiny, tmp_path, l
     assert one["ddp"] == one["fsdp"] == sum(phase["memory"].values()) == found["memory"]
     state = one["ddp"] - phase["memory"]["activations"]
     assert four["ddp"] == pytest.approx(state + phase["memory"]["activations"] / 4, abs=1)
-    assert phase["largest_block"] > 0
-    sharded = state / 4 + phase["memory"]["activations"] / 4 + 2 * phase["largest_block"]
-    assert four["fsdp"] == pytest.approx(min(four["ddp"], sharded), abs=1)
+    assert phase["gathered"] > 0
+    assert four["fsdp"] == pytest.approx(state / 4 + phase["memory"]["activations"] / 4 + phase["gathered"], abs=1)
     student = next(phase for phase in found["phases"] if phase["name"] == "student")
     assert scale["read_bytes_a_second"]["float16"] == pytest.approx(20 * 32 / (student["step_ms"] / 1e3))
     said = limbeck("plan", tmp_path / "tiny.yaml", "--processes", "0")

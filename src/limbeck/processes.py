@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -25,6 +25,17 @@ if {"RANK", "WORLD_SIZE"} <= set(os.environ):
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for another: a teacher that another run is training, a slow disk, a long report."""
+
+LAUNCHER = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "the launcher's --mixed_precision is not read", "leave it out, and set precision in the recipe"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed is not offered", "start without --use_deepspeed; parallel=fsdp cuts models"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "1",
+        "the launcher's --gradient_accumulation_steps is not read",
+        "leave it out, and set training.accumulate",
+    ),
+}
+"""Settings of `accelerate launch` that a recipe has a place for, or that are not offered: the value that is fine, and what is said."""
 
 _state: dict[str, Any] = {"group": None, "mode": "ddp"}
 
@@ -60,10 +71,13 @@ def begin(device: str = "auto", mode: Mode = "auto") -> None:
             for, else "ddp".
 
     Raises:
-        UserError: the launcher asked for FSDP 1, which is not offered.
+        UserError: the launcher asked for what a recipe says, or for what is not offered (FSDP 1, DeepSpeed).
     """
     if asked() == 1:
         return
+    for name, (fine, message, hint) in LAUNCHER.items():
+        if os.environ.get(name, fine).lower() not in (fine, "false", "0", ""):
+            raise UserError(message, hint)
     if mode == "auto":
         wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
         if wanted and os.environ.get("FSDP_VERSION", "2") != "2":
@@ -195,12 +209,8 @@ class Told(UserError):
 @contextmanager
 def held_by_first(lock: AbstractContextManager[Any]) -> Iterator[None]:
     """A lock that process 0 holds for all of them; the others wait until it has it."""
-    if rank() == 0:
-        with lock:
-            together()
-            yield
-    else:
-        together()
+    with ExitStack() as held:
+        first(lambda: held.enter_context(lock) and None)
         yield
 
 
@@ -220,9 +230,10 @@ def summed(value: Tensor) -> Tensor:
         return value
     import torch.distributed as dist
 
-    total = value.detach().to("cpu", copy=True)
-    dist.all_reduce(total, group=_state["group"])
-    return total.to(value.device)
+    total = value.detach().clone()
+    # on an accelerator by its own library, which does not make the processor wait
+    dist.all_reduce(total, group=_state["group"] if total.device.type == "cpu" else None)
+    return total
 
 
 def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:

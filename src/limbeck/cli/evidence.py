@@ -21,10 +21,12 @@ def evidence(
 
     Examples: limbeck evidence pld | limbeck evidence --check
     """
-    from limbeck import trials
+    from limbeck import processes, trials
     from limbeck.cli.methods import evidence_text
     from limbeck.errors import UserError
     from limbeck.evaluation.evidence import brief
+
+    processes.check_alone("evidence", "start it without one")
 
     ids = list(methods or trials.cases())
     if check:

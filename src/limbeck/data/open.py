@@ -195,7 +195,12 @@ def _opened(
     elif validating is not None:
         validating = _keep(validating, valid, "valid", seed + 1)
     training = _keep(training, train, "train", seed + 2)
-    if read.standardise and isinstance(training, TensorSplit) and isinstance(training.inputs, Tensor):
+    if read.standardise and isinstance(training, StreamSplit):
+        mean, deviation = training.standardise()
+        for part in (testing, validating):
+            if isinstance(part, TensorSplit):
+                part.inputs = (part.inputs - mean) / deviation
+    elif read.standardise and isinstance(training, TensorSplit) and isinstance(training.inputs, Tensor):
         _standardise(training, [testing, validating, training])
     for part, given in (("train", training), ("test", testing), ("valid", validating)):
         if given is not None:

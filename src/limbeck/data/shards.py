@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from limbeck.data.split import TensorSplit, label_name
 from limbeck.data.streaming import Piece, Rows, StreamSplit
 from limbeck.errors import UserError, nearest
 from limbeck.places import user_path
+
+_PARTS = {"test": "test", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid"}
 
 BUFFER = 4096
 """Rows that are mixed with each other when nobody says."""
@@ -221,7 +224,6 @@ class Decoder:
         target: the label's column; None where there is none.
         names: the classes as the column has them, in the order of their numbers.
         size, channels: of pictures.
-        scale: mean and deviation of the columns of a table, or None.
     """
 
     def __init__(
@@ -229,7 +231,7 @@ class Decoder:
     ) -> None:
         self.features, self.target, self.numbers = features, target, {name: number for number, name in enumerate(names)}
         self._reader = HFSplit(None, columns, None, size, channels)
-        self.columns, self.scale = columns, None
+        self.columns = columns
 
     def __call__(self, table: Any) -> tuple[Any, Tensor | None]:
         """`(inputs, labels)` of a `pyarrow.Table`; pictures are still uint8."""
@@ -241,8 +243,6 @@ class Decoder:
             inputs = torch.from_numpy(np.stack(values, 1))
         else:
             inputs = self._reader.tensors(rows)
-        if self.scale is not None:
-            inputs = (inputs - self.scale[0]) / self.scale[1]
         if self.target is None:
             return inputs, None
         labels = rows[self.target]
@@ -310,19 +310,6 @@ def _decoder(
     return made, own
 
 
-def _moments(rows: Rows, decode: Decoder) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of a table's columns in one pass (Chan's formula for joining pieces)."""
-    count, mean, square = 0, torch.zeros(()), torch.zeros(())
-    for _, table in rows.ordered(0, 0, False, 0):
-        values = decode(table)[0].double()
-        own = values.mean(0)
-        delta, total = own - mean, count + len(values)
-        square = square + (values - own).square().sum(0) + delta.square() * count * len(values) / total
-        mean, count = mean + delta * len(values) / total, total
-    deviation = (square / count).sqrt()
-    return mean.float(), torch.where(deviation > 0, deviation, torch.ones_like(deviation)).float()
-
-
 # ---- opening ----
 
 
@@ -334,8 +321,8 @@ def _files(path: str) -> dict[str, list[Path]]:
     parts: dict[str, list[Path]] = {"train": [], "test": [], "valid": []}
     for file in found:
         words = file.relative_to(place).as_posix() if place.is_dir() else file.name
-        part = "test" if words.startswith("test") else "valid" if words.startswith(("val", "dev")) else "train"
-        parts[part].append(file)
+        word = re.match(r"[a-z]*", words.lower())
+        parts[_PARTS.get(word[0] if word else "", "train")].append(file)
     if not parts["train"]:
         raise UserError(f"{place} has test files only", "begin the names of training files with train")
     return parts
@@ -404,12 +391,10 @@ def read_stream(
     if "image" not in decode.columns.values() and (size, channels) != (None, None):
         raise UserError("data.size and data.channels are for pictures, and the stream has none", "leave them out")
     table = set(decode.columns.values()) == {"number"}
-    if table:
-        decode.scale = _moments(train, decode)
     others = {part: TensorSplit(*decode(_whole(parts[part]))) for part in ("test", "valid") if part in parts}
     note = [{part: own.mark() for part, own in parts.items()}, decode.columns, decode.target, size, channels, buffer]
     pictures = list(decode.columns.values()) == ["image"]
-    return Source(StreamSplit(train, decode, buffer), others.get("test"), others.get("valid"), names, pictures, note=note)
+    return Source(StreamSplit(train, decode, buffer), others.get("test"), others.get("valid"), names, pictures, table, note=note)
 
 
 def _whole(rows: Rows) -> Any:

@@ -68,6 +68,7 @@ class StreamSplit(Split):
         if buffer < 1:
             raise UserError(f"buffer is {buffer}", "give at least 1 row")
         self.rows, self.decode, self.buffer = rows, decode, buffer
+        self.scale: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return self.rows.count
@@ -116,8 +117,27 @@ class StreamSplit(Split):
 
     def _batch(self, table: Any, index: Tensor | None) -> Batch:
         inputs, labels = self.decode(table)
+        if self.scale is not None:
+            inputs = (inputs - self.scale[0]) / self.scale[1]
         scaled = {k: _scaled(v) for k, v in inputs.items()} if isinstance(inputs, dict) else _scaled(inputs)
         return Batch(scaled, labels, index)
+
+    def standardise(self) -> tuple[Tensor, Tensor]:
+        """Scale the columns of a table by their mean and deviation from now on; one pass over the rows (Chan's formula joins the pieces).
+
+        Returns:
+            mean and deviation, for the other parts.
+        """
+        count, mean, square = 0, torch.zeros(()), torch.zeros(())
+        for _, table in self.rows.ordered(0, 0, False, 0):
+            values = self.decode(table)[0].double()
+            own = values.mean(0)
+            delta, total = own - mean, count + len(values)
+            square = square + (values - own).square().sum(0) + delta.square() * count * len(values) / total
+            mean, count = mean + delta * len(values) / total, total
+        deviation = (square / count).sqrt()
+        self.scale = mean.float(), torch.where(deviation > 0, deviation, torch.ones_like(deviation)).float()
+        return self.scale
 
     def subset(self, index: Tensor) -> Split:
         """Not possible: a stream is not cut by position.

@@ -16,6 +16,7 @@ from limbeck import processes
 from limbeck.engine import sharding
 from limbeck.engine.clock import Clock
 from limbeck.engine.program import Program
+from limbeck.errors import UserError
 
 
 class _Losses(nn.Module):
@@ -54,7 +55,13 @@ class JointTurn:
     def __call__(self, turn: str, part: Any, clock: Clock) -> dict[str, Tensor]:
         """The terms of one part; their backward pass averages gradients when it is the last one."""
         if self._whole is None:
-            return self._program.losses(turn, part, clock)
+            terms = self._program.losses(turn, part, clock)
+            if not any(value.requires_grad for value in terms.values()):  # the others would wait for its part of the gradient
+                raise UserError(
+                    f"process {processes.rank()} has nothing to learn from in step {clock.step}: no label, no scored token in its share",
+                    "set parallel=ddp, or a larger training.batch",
+                )
+            return terms
         if self.last:
             return self._whole(turn, part, clock)
         with self._whole.no_sync():

@@ -23,7 +23,7 @@ from limbeck.engine.agreement import Agreement
 from limbeck.engine.callbacks import Callback
 from limbeck.engine.clock import Clock
 from limbeck.engine.joint import joint_turn
-from limbeck.engine.program import Program
+from limbeck.engine.program import Program, placed
 from limbeck.engine.watch import SMALL_SHARE, shares, term_norms
 from limbeck.errors import UserError
 
@@ -363,7 +363,8 @@ class Loop:
             "done": done,
         }
         if self.world > 1:  # what each process knows alone; a checkpoint of one process has no such entry
-            state["processes"] = processes.every({"memory": state["memory"], "random": state["random"]})
+            memory = placed(state["memory"], torch.device("cpu"))
+            state["processes"] = processes.every({"memory": memory, "random": state["random"]})
         folder, step = self.plan.folder, self.clock.step
         processes.first(lambda: checkpoint.save(folder, step, state, self.plan.keep))
         self._saved_at = time.perf_counter()

@@ -104,7 +104,8 @@ def on_a_card(
         sharded: FSDP cuts everything but activations; DDP keeps it whole on every card.
         optimiser: bytes of state for each trained number (8 of Adam, 4 of SGD with momentum).
         frozen_bytes: for each frozen number (4, or 2 in a 16-bit type).
-        gathered: bytes of the blocks that are whole at one moment (the largest block of teacher or student, twice: one is fetched ahead).
+        gathered: bytes of the weights that are whole at one moment: the largest block of teacher or student, twice (one is fetched ahead),
+            and the embeddings and output matrices of both, which stay whole for the whole step.
 
     >>> on_a_card(10, 100, 7), on_a_card(10, 100, 7, 4, True, gathered=3)
     (567.0, 150.0)

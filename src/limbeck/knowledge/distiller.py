@@ -112,6 +112,7 @@ class Distiller(Method):
         tasks: the families of tasks that it is for: "classification", "language", "embedding".
         bridges: whether it can learn from a teacher whose outputs are of another kind or width (another vocabulary).
         black_box: whether a teacher that writes texts and nothing else is enough for it (`prepare` asks it).
+        shardable: whether it works on sharded networks although it changes more of a step than `loss` and `setup`.
         labelled_only: whether it can use labelled samples only (a baseline); unlabelled ones are then left out, for the same
             number of steps.
 
@@ -131,6 +132,7 @@ class Distiller(Method):
     labelled_share: ClassVar[float | None] = None
     needs_valid: ClassVar[bool] = False
     labelled_only: ClassVar[bool] = False
+    shardable: ClassVar[bool] = False
 
     def bind(self, task: Task, complete: bool = False) -> None:
         """Start afresh for a new job: no parts, no state. `complete`: every sample of the training and validation split has a label."""

@@ -45,6 +45,10 @@ def check_family(method: Distiller, task: Task) -> None:
         )
 
 
+WHOLE = ("wrap", "optimizers", "turns", "losses", "step", "after_step", "finish")
+"""Parts of a step in which a method gets networks, not signals; one that writes them says itself whether shards do (`shardable`)."""
+
+
 def check_shardable(method: Distiller, teacher: Teacher, training: Any) -> None:
     """Refuse what needs a whole copy of the student, or a second network that learns, where models are sharded.
 
@@ -52,7 +56,10 @@ def check_shardable(method: Distiller, teacher: Teacher, training: Any) -> None:
         UserError: naming what it is.
     """
     what = None
-    if training.ema is not None:
+    changed = [name for name in WHOLE if getattr(type(method), name) is not getattr(Distiller, name)]
+    if changed and not method.shardable:
+        what = f"{method.card.id} has a {' and a '.join(changed)} of its own, which may want whole networks"
+    elif training.ema is not None:
         what = "training.ema keeps a second whole student"
     elif teacher.kept():
         what = f"the teacher of {method.card.id} changes while it teaches"
