@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
 from limbeck import recipe as schema
 from limbeck.errors import UserError
@@ -45,6 +45,16 @@ class _Score(BaseModel):
     accuracies: list[FiniteFloat] = [0.0]
 
 
+class _Cost(BaseModel):
+    """What a model costs: figures, but for the device and the way in which its memory was measured."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, FiniteFloat | None] = {}
+
+    device: str | None = None
+    peak_memory_kind: str | None = None
+
+
 class _Summary(BaseModel):
     """What others read of a summary, strictly; more may stand in it."""
 
@@ -57,7 +67,7 @@ class _Summary(BaseModel):
     primary: str
     seconds: FiniteFloat
     metrics: dict[str, dict[str, FiniteFloat]]
-    cost: dict[str, dict[str, JsonValue] | None] = {}
+    cost: dict[str, _Cost | None] = {}
     data: _Data | None = None
     versions: dict[str, str] = {}
     table: _Table | None = None
