@@ -25,6 +25,7 @@ from limbeck.models import open_recipe_data, task_of
 from limbeck.signals.language import LanguageReader, settle
 from limbeck.tasks.embedding import Embedding
 from limbeck.zoo import Tokens, build
+from limbeck.zoo.files import signed
 from limbeck.zoo.language import open_language
 from limbeck.zoo.sentence import SentenceEncoder, head
 from tests.conftest import TINY_TEXT
@@ -152,7 +153,7 @@ def test_an_adapter_without_safetensors_is_refused(tmp_path):
     torch.save(dict(zoo.adapt(llama(), rank=2).state_dict()), tmp_path / "adapter_model.bin")
     weights.unlink()
     note = json.loads((tmp_path / "limbeck.json").read_text())
-    (tmp_path / "limbeck.json").write_text(json.dumps({**note, "files": {}, "digest": None}))
+    (tmp_path / "limbeck.json").write_text(json.dumps(signed({**note, "files": {}})))
     with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
         zoo.load_model(tmp_path, model=llama())
 

@@ -29,6 +29,7 @@ from limbeck.signals import Signals, anatomy
 from limbeck.storage import load_tensors
 from limbeck.tasks import Classification
 from limbeck.zoo.dual_head import mix
+from limbeck.zoo.files import signed
 
 torch.set_num_threads(1)
 B, C = 6, 5
@@ -507,7 +508,7 @@ def test_a_dual_heads_folder_runs_no_code_that_it_names(digits, tmp_path):
         ("zoo:dual-head", "runs no code"),
     ):
         args = {"network": "python:os:getcwd"} if inner == "zoo:dual-head" else {}
-        (folder / "config.json").write_text(json.dumps({**note, "args": {**note["args"], "network": inner, "args": args}, "digest": None}))
+        (folder / "config.json").write_text(json.dumps(signed({**note, "args": {**note["args"], "network": inner, "args": args}})))
         with pytest.raises(UserError, match=message):
             zoo.load_model(folder)
 

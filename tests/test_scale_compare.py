@@ -118,7 +118,10 @@ def test_two_processes_give_what_one_gives_and_train_one_teacher(home, capsys, m
     together = compared(capsys, "two", methods, "--workers", "2")
     assert "2 processes, 1 threads each" in together[2] and "[4/4]" in together[2]
     assert len(list(home.glob("killed-*"))) == 1
-    assert sum("teacher" in summary["phases"] for summary in summaries("two")) == 1, "both need the teacher at once; one trains it"
+    # the killed process may be the one that trained it: its run then goes on with what it finds
+    assert sum("teacher" in summary["phases"] for summary in summaries("two")) <= 1, "both need the teacher at once; one trains it"
+    logs = [path.read_text() for path in Path("two").glob("runs/*/log.jsonl")]
+    assert sum('"phase": "teacher", "step": 1,' in log for log in logs) == 1
     assert len(list(Path("cache/models").glob("*/model.safetensors"))) == 1 and not list(Path("cache/models").glob("*.training"))
     monkeypatch.setenv("LIMBECK_CACHE", str(home / "other"))
     alone = compared(capsys, "one", methods)

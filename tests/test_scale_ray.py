@@ -125,6 +125,7 @@ def test_a_killed_driver_is_gone_on_with_by_any_engine(place, cluster, capsys):
     assert files("driver-local") == files("slow-local")
 
 
+@pytest.mark.slow
 def test_next_token_distributions(place, cluster, capsys):
     """Rows are scored tokens; shards end in the middle of samples and batches."""
     words = ["cache", "text.yaml", "--form", "topk", "--top-k", "8", "--shard-rows", "100", "--quiet", "--out"]

@@ -29,6 +29,7 @@ from limbeck.saved import open_saved
 from limbeck.signals.manifest import _digest
 from limbeck.signals.store import Store, StoreWriter
 from limbeck.storage import load_tensors, save_tensors, write_json
+from limbeck.zoo.files import signed
 from tests.test_endpoint import fake  # noqa: F401
 
 
@@ -112,7 +113,7 @@ def test_pickles_in_folders_of_limbeck(tmp_path, mark):
         (folder / "model.safetensors").write_bytes(content)
         note = json.loads((folder / "config.json").read_text())
         refused(zoo.load_model, folder, names="model.safetensors")
-        (folder / "config.json").write_text(json.dumps({**note, "digest": None, "files": {}}))
+        (folder / "config.json").write_text(json.dumps(signed({**note, "files": {}})))
         refused(zoo.load_model, folder, names="model.safetensors")
         (folder / "model.safetensors").unlink()
         for other in ("pytorch_model.bin", "model.pt", "model.pkl"):
@@ -266,7 +267,7 @@ def test_a_note_cannot_switch_code_on(tmp_path, mark):
             ("zoo:dual-head", {"network": "python:factory_x:make"}),
             ("zoo:guided", {"network": f"hf:{evil}", "args": {"trust_remote_code": True}}),
         ]:
-            write_json(folder / "config.json", {**note, "digest": None, "ref": ref, "args": args})
+            write_json(folder / "config.json", signed({**note, "ref": ref, "args": args}))
             refused(zoo.load_model, folder, names=folder)
             refused(open_saved, folder)
     finally:
@@ -365,7 +366,7 @@ def test_notes_of_models_lead_nowhere(tmp_path):
     save_tensors(tmp_path / "x.safetensors", {"w": torch.ones(1)})
     note = json.loads((folder / "config.json").read_text())
     for name in ("../../x.safetensors", "/etc/passwd", ".."):
-        write_json(folder / "config.json", {**note, "digest": None, "files": {name: note["files"]["model.safetensors"]}})
+        write_json(folder / "config.json", signed({**note, "files": {name: note["files"]["model.safetensors"]}}))
         refused(zoo.load_model, folder, names=folder)
 
 

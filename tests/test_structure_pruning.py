@@ -14,6 +14,7 @@ from limbeck.evaluation.cost import count_flops
 from limbeck.structure import pruning
 from limbeck.structure.methods.gcp_sad import GCPSAD
 from limbeck.zoo import build, load_model, save_model
+from limbeck.zoo.files import signed
 
 SHAPE = (1, 8, 8)
 NETWORKS = [
@@ -222,8 +223,7 @@ def test_cuts_nest_and_are_checked(tmp_path):
     ]:
         changed = copy.deepcopy(note)
         change(changed["args"]["shapes"])
-        changed["digest"] = None
-        (tmp_path / "kept" / "config.json").write_text(json.dumps(changed))
+        (tmp_path / "kept" / "config.json").write_text(json.dumps(signed(changed)))
         with pytest.raises(UserError, match=what):
             load_model(tmp_path / "kept")
 

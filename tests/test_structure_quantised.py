@@ -378,17 +378,19 @@ def test_bits_and_levels():
 def test_a_torn_note_is_refused(tmp_path):
     import json
 
+    from limbeck.zoo.files import signed
+
     model, _ = network("mlp")
     q.quantise(model, SCHEMES["bucket"])
     zoo.save_model(q.fold(model), tmp_path)
     path = tmp_path / "config.json"
-    note = {**json.loads(path.read_text()), "digest": None}
+    note = json.loads(path.read_text())
     layers = note["args"]["layers"]
     for broken in ({**layers, "nobody": next(iter(layers.values()))}, {n: {"levels": 4, "odd": 1} for n in layers}):
-        path.write_text(json.dumps({**note, "args": {**note["args"], "layers": broken}}))
+        path.write_text(json.dumps(signed({**note, "args": {**note["args"], "layers": broken}})))
         with pytest.raises(UserError):
             zoo.load_model(tmp_path)
-    path.write_text(json.dumps({**note, "args": {**note["args"], "of": {"ref": "python:os:getcwd", "args": {}}}}))
+    path.write_text(json.dumps(signed({**note, "args": {**note["args"], "of": {"ref": "python:os:getcwd", "args": {}}}})))
     with pytest.raises(UserError, match="runs no code"):
         zoo.load_model(tmp_path)
 

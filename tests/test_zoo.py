@@ -9,6 +9,7 @@ from torch import nn
 
 from limbeck.errors import UserError
 from limbeck.zoo import NETWORKS, build, listing, load_model, parameters, read_note, save_model
+from limbeck.zoo.files import signed
 
 torch.set_num_threads(1)
 DIGITS = {"input_shape": (1, 8, 8), "classes": 10}
@@ -162,7 +163,7 @@ def test_damaged_folders(tmp_path):
     weights.write_bytes(whole[:-3] + b"abc")
     fails("torn or was altered", load_model, folder)
     note = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**note, "files": {}, "digest": None}))
+    (folder / "config.json").write_text(json.dumps(signed({**note, "files": {}})))
     weights.write_bytes(whole[:20])
     fails("not a readable safetensors", load_model, folder)
     weights.write_bytes(b"\x80\x04" + whole)

@@ -23,7 +23,7 @@ from limbeck.zoo.sentence import SentenceEncoder, is_sentence_folder, load_sente
 FORMAT = "limbeck-model/1"
 WEIGHTS, CONFIG, NOTE = "model.safetensors", "config.json", "limbeck.json"
 DIGEST = "digest"
-"""The last key of a note: the fingerprint of all others. Notes without it are read too; they are older, or written by hand."""
+"""The last key of a note: the fingerprint of all others. A note without it is refused: nobody can tell whether it was altered."""
 
 
 def _untie(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -103,8 +103,14 @@ def _write_plain(model: nn.Module, folder: Path, note: dict[str, Any]) -> None:
     _write_note(folder / CONFIG, note)
 
 
+def signed(note: dict[str, Any]) -> dict[str, Any]:
+    """A note with the digest of all its other keys, as `read_note` wants it."""
+    rest = {key: value for key, value in note.items() if key != DIGEST}
+    return {**rest, DIGEST: fingerprint(json.loads(json.dumps(rest)))}
+
+
 def _write_note(path: Path, note: dict[str, Any]) -> None:
-    write_json(path, {**note, DIGEST: fingerprint(json.loads(json.dumps(note)))})
+    write_json(path, signed(note))
 
 
 def read_note(folder: str | Path) -> dict[str, Any]:
@@ -122,7 +128,8 @@ def read_note(folder: str | Path) -> dict[str, Any]:
     note = read_json(path, "restore or remake the folder")
     if not isinstance(note, dict):
         raise UserError(f"{path} is not the note of a model", "restore or remake the folder")
-    if (digest := note.pop(DIGEST, None)) is not None and digest != fingerprint(note):
+    digest = note.pop(DIGEST, None)
+    if digest != (fingerprint(note) if digest is not None or note.get("format") == FORMAT else None):
         raise UserError(f"{path} was altered: its digest differs from its content", "restore or remake the folder")
     if any(not isinstance(note.get(key, {}), dict) for key in ("files", "base_files", "tied", "args", "extra")):
         raise UserError(f"{path} is not the note of a model", "restore or remake the folder")
