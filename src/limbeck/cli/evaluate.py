@@ -106,7 +106,7 @@ def _draw_again(path: Path, changes: list[str], json: bool, inception: Path | No
         shares = (percent(figures["precision"], 0), percent(figures["recall"], 0), percent(figures.get("class_accuracy")))
         table.add_row(steps, str(found["calls"][steps]), *cells, *shares)
     Console().print(table)
-    print(visible(f"real training pictures are at distance {found['floor']['feature_distance']:.4g}"))
+    print(f"real training pictures are at distance {found['floor']['feature_distance']:.4g}")
     for steps, value in found.get("inception_fid", {}).items():
         print(visible(f"Inception FID at {steps} step{'s' if int(steps) > 1 else ''}: {value:.4g}"))
 
@@ -158,4 +158,4 @@ def _print(found: dict[str, Any]) -> None:
         elif found["same_data"] is False:
             print("note: these are other data than the run's, so the difference says little")
         else:
-            print(visible(f"note: on the run's own data the figures differ from the recorded ones by up to {worst:.2g}"))
+            print(f"note: on the run's own data the figures differ from the recorded ones by up to {worst:.2g}")

@@ -50,10 +50,6 @@ def export(
         print(json_module.dumps(found, indent=1))
         return
     print(visible(f"{found['path']}: {human(found['bytes'], 'B')}"))
-    print(
-        visible(
-            f"greatest difference of an output from the student's: {found['max_abs_difference']:.2g}, on {found['samples']} test samples"
-        )
-    )
+    print(f"greatest difference of an output from the student's: {found['max_abs_difference']:.2g}, on {found['samples']} test samples")
     if found.get("top1_agreement") is not None:
         print(visible(f"onnxruntime predicts the same class for {found['top1_agreement']:.1%} of them (opset {found['opset']})"))

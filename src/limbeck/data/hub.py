@@ -12,7 +12,7 @@ from torch import Tensor
 from limbeck.data.batch import Batch
 from limbeck.data.folder import check_channels, picture
 from limbeck.data.source import IN_MEMORY, Source
-from limbeck.data.split import Split, TensorSplit, label_name
+from limbeck.data.split import Split, TensorSplit, check_columns, label_name
 from limbeck.data.tables import number_labels
 from limbeck.errors import UserError, nearest
 from limbeck.places import user_path
@@ -161,9 +161,7 @@ def rows_split(
     check_channels(channels, size)
     names = list(dataset.column_names)
     target = label_name(names, label, "the data set")
-    for column in columns or ():
-        if column not in names:
-            raise UserError(f"the data set has no column {column!r}", f"did you mean {' or '.join(map(repr, nearest(column, names)))}?")
+    check_columns(columns, names, "the data set")
     used = columns or [n for n in names if n != target and n not in ("idx", "id")]
     text = [n for n in used if kind_of(dataset.features[n]) == "text"]
     if tokenizer and text:

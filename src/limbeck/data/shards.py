@@ -19,9 +19,9 @@ from limbeck.data.choose import generator
 from limbeck.data.folder import check_channels
 from limbeck.data.hub import HFSplit, kind_of, open_hub
 from limbeck.data.source import Source
-from limbeck.data.split import TensorSplit, label_name
+from limbeck.data.split import TensorSplit, check_columns, label_name
 from limbeck.data.streaming import Piece, Rows, StreamSplit
-from limbeck.errors import UserError, nearest
+from limbeck.errors import UserError
 from limbeck.places import user_path
 
 _PARTS = {"test": "test", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid"}
@@ -291,9 +291,7 @@ def _decoder(
     features = _features(rows.schema)
     names = list(features)
     target = label_name(names, label, "the stream")
-    for column in columns or ():
-        if column not in names:
-            raise UserError(f"the stream has no column {column!r}", f"did you mean {' or '.join(map(repr, nearest(column, names)))}?")
+    check_columns(columns, names, "the stream")
     kinds = {name: kind_of(features[name]) for name in columns or names if name != target and name not in ("idx", "id")}
     used = {name: kind for name, kind in kinds.items() if kind in ("image", "number", "list")}
     if not used:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -134,6 +134,18 @@ def label_name(names: Mapping[str, Any] | list[str], given: str | None, where: s
     if given not in names:
         raise UserError(f"{where} has no label column {given!r}", f"did you mean {' or '.join(map(repr, nearest(given, names)))}?")
     return given
+
+
+def check_columns(columns: Iterable[str] | None, names: Iterable[str], where: str) -> None:
+    """Every column that was asked for must be among `names`.
+
+    Raises:
+        UserError: one is not there; the nearest ones are offered.
+    """
+    names = list(names)
+    for column in columns or ():
+        if column not in names:
+            raise UserError(f"{where} has no column {column!r}", f"did you mean {' or '.join(map(repr, nearest(column, names)))}?")
 
 
 def as_batch(value: Any, label: str | None = None) -> Batch:

@@ -9,8 +9,8 @@ import numpy
 import torch
 
 from limbeck.data.source import Source
-from limbeck.data.split import TensorSplit, label_name
-from limbeck.errors import UserError, nearest
+from limbeck.data.split import TensorSplit, check_columns, label_name
+from limbeck.errors import UserError
 from limbeck.places import user_path
 
 
@@ -44,9 +44,7 @@ def _source(frame: Any, path: Path, label: str | None, columns: list[str] | None
     target = label_name(names, label, str(path))
     if target is None:
         raise UserError(f"{path} has no column named like a label; its columns are {', '.join(names[:12])}", "name it with label:")
-    for column in columns or ():
-        if column not in names:
-            raise UserError(f"{path} has no column {column!r}", f"did you mean {' or '.join(map(repr, nearest(column, names)))}?")
+    check_columns(columns, names, str(path))
     used = list(columns) if columns else [n for n in names if n != target]
     for column in used:
         if not pandas.api.types.is_numeric_dtype(frame[column]) and not pandas.api.types.is_bool_dtype(frame[column]):
