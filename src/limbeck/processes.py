@@ -62,6 +62,19 @@ def check_alone(command: str, instead: str) -> None:
         raise UserError(f"`limbeck {command}` works in one process, and a launcher started {asked()}", instead)
 
 
+def check_even(batch: int) -> None:
+    """Refuse a batch that the processes cannot share out evenly.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    if batch % world():
+        raise UserError(
+            f"a batch of {batch} cannot be shared out evenly among {world()} processes",
+            "set training.batch (it counts the samples of all processes together) to a multiple",
+        )
+
+
 def begin(device: str = "auto", mode: Mode = "auto") -> None:
     """Join the other processes, once; nothing to do when there is one only.
 

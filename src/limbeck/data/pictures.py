@@ -72,10 +72,9 @@ class Pictures:
 
     def batches(self, batch: int, seed: int) -> Batches:
         """The training batches in an order that is arithmetic; scale them with `ready`."""
-        size, world = min(batch, len(self.data.train)), processes.world()
-        if size % world:
-            raise UserError(f"a batch of {size} cannot be shared out evenly among {world} processes", "set training.batch to a multiple")
-        return Batches(self.data.train, size, seed=seed, share=(processes.rank(), world))
+        size = min(batch, len(self.data.train))
+        processes.check_even(size)
+        return Batches(self.data.train, size, seed=seed, share=(processes.rank(), processes.world()))
 
     def ready(self, batch: Batch) -> Batch:
         """A batch of the data as a generator's training wants it: scaled, jittered, on the device."""

@@ -14,7 +14,6 @@ from limbeck.diffusion import Denoiser
 from limbeck.engine import checkpoint
 from limbeck.engine.clock import Clock
 from limbeck.engine.program import PlainProgram, Tick, moving_average, placed
-from limbeck.errors import UserError
 from limbeck.sampling.few_step import FewStep, Pair
 
 COLLAPSED = 0.1
@@ -31,11 +30,7 @@ class SamplingProgram(PlainProgram):
 
     def __init__(self, method: FewStep, pair: Pair) -> None:
         self.method, self.pair, self.training, self.total = method, pair, pair.training, pair.total
-        if pair.training.batch % processes.world():
-            raise UserError(
-                f"a batch of {pair.training.batch} cannot be shared out evenly among {processes.world()} processes",
-                "set training.batch (it counts the samples of all processes together) to a multiple",
-            )
+        processes.check_even(pair.training.batch)
         method.bind(pair)
         method.setup(pair)
         method.parts.to(pair.device)
