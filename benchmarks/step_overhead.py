@@ -192,7 +192,7 @@ def check(case: Case) -> None:
 
 def measure(name: str, quick: bool, device: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures of a case, and its rows: ratios over the hand-written loop, medians over rounds."""
-    rounds, chunk = ((4, 2) if quick else (120, 20)) if name == "mlp" else ((1, 1) if quick else (9, 1))
+    rounds, chunk = ((4, 2) if quick else (600, 20)) if name == "mlp" else ((1, 1) if quick else (31, 1))
     case = Case(name, 4 if quick and name != "mlp" else BATCH, (rounds + 1) * chunk, device, quick)
     check(case)
     (steps, missing), made = case.arms(torch.float32, case.total), case.batches(torch.float32)

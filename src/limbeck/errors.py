@@ -82,6 +82,10 @@ class Fault(Exception):
         self.trace = trace
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the operating system's errors that mean: no room."""
+
+
 def of_system(error: Exception) -> UserError | None:
     """What the user can do about an error of the operating system: make room, or choose another folder; None for all others.
 
@@ -92,12 +96,24 @@ def of_system(error: Exception) -> UserError | None:
         number, where = error.errno or 0, f" at {error.filename}" if error.filename else ""
     elif type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if number in FULL:
         again = "make room and give the same command again, `limbeck run` with --out FOLDER --resume; what was finished is kept"
         return UserError(f"the disk is full{where}: {os.strerror(number)}", again)
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"no permission{where}: {os.strerror(number)}", "choose a folder that you may write to")
     return None
+
+
+def unwritable(what: str, error: OSError, hint: str) -> UserError:
+    """The error for a place that cannot be written: a full disk is called that, for everything else comes `hint`.
+
+    Args:
+        what: the place as a user knows it, "the folder out".
+        error: what the operating system said.
+        hint: what to do when it is not for want of room.
+    """
+    full = of_system(error) if error.errno in FULL else None
+    return full or UserError(f"{what} cannot be written: {error.strerror}", hint)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

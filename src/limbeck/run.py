@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck import __version__, processes, storage
 from limbeck import recipe as schema
-from limbeck.errors import UserError
+from limbeck.errors import UserError, unwritable
 from limbeck.places import user_path
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _open_folder(folder: Path, recipe: schema.Recipe, resume: bool) -> Any:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be written: {error.strerror}", "name another one with --out") from None
+        raise unwritable(f"the folder {folder}", error, "name another one with --out") from None
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

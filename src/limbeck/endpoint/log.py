@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from limbeck.errors import UserError
+from limbeck.errors import UserError, unwritable
 from limbeck.storage import sha256
 
 _CHECK = "sha256"
@@ -36,7 +36,7 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"the log {path} cannot be written: {error.strerror}", "make room, or choose a place that you can write to")
+    return unwritable(f"the log {path}", error, "choose a place that you can write to")
 
 
 class ResponseLog:

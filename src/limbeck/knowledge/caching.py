@@ -11,7 +11,7 @@ from pathlib import Path
 from limbeck import recipe as schema
 from limbeck.engine.callbacks import Callback
 from limbeck.engine.session import Session
-from limbeck.errors import UserError
+from limbeck.errors import UserError, unwritable
 from limbeck.knowledge.labelling import Labelling, labelling
 from limbeck.scaling.sizing import Sizing
 from limbeck.signals import manifest
@@ -67,7 +67,7 @@ def _alone(folder: Path) -> Iterator[None]:
         if (folder / manifest.FILE).is_file() and manifest.Manifest.read(folder).finished:
             yield
             return
-        raise UserError(f"cannot write to {folder}: {error.strerror}", "choose a folder that you can write to") from None
+        raise unwritable(f"the folder {folder}", error, "choose one that you can write to") from None
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.errors import UserError
+from limbeck.errors import UserError, unwritable
 from limbeck.signals.manifest import FILE, VERSION, Manifest, Shard, shard_file
 from limbeck.signals.stored_form import Form, Layout, plan_bytes
 from limbeck.storage import save_tensors, sha256, sync_folder
@@ -126,7 +126,7 @@ class StoreWriter:
                     path.unlink()
             self._manifest.write(self.folder)
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}", "choose a folder that you can write to") from None
+            raise unwritable(f"the folder {self.folder}", error, "choose one that you can write to") from None
 
     @property
     def shards(self) -> int:

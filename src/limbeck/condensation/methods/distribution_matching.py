@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from limbeck.condensation.condenser import Condenser
-from limbeck.condensation.matching import RandomEncoder, class_signals, sides
+from limbeck.condensation.matching import RandomEncoder, class_signals, embedding_distance, sides
 from limbeck.condensation.problem import Problem
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.engine.clock import Clock
@@ -51,8 +51,6 @@ class DistributionMatching(Condenser):
     def losses(self, turn: str, set: SyntheticSet, problem: Problem, clock: Clock) -> dict[str, Tensor]:
         both = sides(set, problem, self.batch_real, self.views)
         reader = self._encoder(problem, "embedding")
-        pick = lambda signals: [signals.embedding]  # noqa: E731
         with torch.no_grad():
-            (real,) = class_signals(problem, reader, both.real, both.real_counts, pick)
-        (synthetic,) = class_signals(problem, reader, both.synthetic, both.counts, pick)
-        return {"means": ((synthetic - real) ** 2).sum()}
+            (real,) = class_signals(problem, reader, both.real, both.real_counts, lambda signals: [signals.embedding])
+        return {"means": embedding_distance(problem, reader, both.synthetic, both.counts, real)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from limbeck.condensation.condenser import Condenser
 from limbeck.condensation.functional import Functional
+from limbeck.condensation.matching import part_by_part, synthetic_classes
 from limbeck.condensation.problem import Problem
 from limbeck.condensation.synthetic import SyntheticSet
 from limbeck.engine.clock import Clock
@@ -70,15 +71,17 @@ class GradientMatching(Condenser):
         if clock.step % self._outer == 0:
             self._network = problem.network(self._network)
         weights = list(self._network.parameters())
-        total = torch.zeros((), device=set.images.device)
-        for c in range(problem.classes):
-            real, synthetic = problem.real(c, self.batch_real), self.views(set.of_class(c))
+        viewed = synthetic_classes(set, problem, self.views)
+
+        def distance(synthetic: Tensor, c: int) -> Tensor:
+            real = problem.real(c, self.batch_real)
             if problem.siamese is not None:
                 synthetic, real = problem.siamese.pair(synthetic, real)
             wanted = torch.autograd.grad(self._cross_entropy(real, c), weights)
             found = torch.autograd.grad(self._cross_entropy(synthetic, c), weights, create_graph=True)
-            total = total + gradient_distance(found, wanted, self.metric)
-        return {"gradients": total}
+            return gradient_distance(found, wanted, self.metric)
+
+        return {"gradients": part_by_part(torch.cat(viewed), [len(x) for x in viewed], distance)}
 
     def _cross_entropy(self, x: Tensor, c: int) -> Tensor:
         return F.cross_entropy(self._network(x), torch.full((len(x),), c, device=x.device))
