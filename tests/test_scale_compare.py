@@ -68,12 +68,12 @@ class Killed(KD):
 
 @dataclass
 class Slow(KD):
-    """A step takes a twentieth of a second."""
+    """A step takes as many seconds as the environment says."""
 
     card = card("slow")
 
     def loss(self, batch, student, teacher, clock):
-        time.sleep(0.05)
+        time.sleep(float(os.environ.get("SLOW", 0)))
         return super().loss(batch, student, teacher, clock)
 '''
 
@@ -167,9 +167,11 @@ def children(process):
 def begun():
     """Start a comparison of slow runs in two processes; returns when both have saved a checkpoint."""
     words = ["compare", "tiny.yaml", "--methods", "python:mine:Slow", "--seeds", "2", "--workers", "2", "--out", "c"]
-    process = subprocess.Popen([sys.executable, "-m", "limbeck", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, "SLOW": "0.5"}  # the first run must not end before the second process has come up
+    line = [sys.executable, "-m", "limbeck", *words]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     end = time.monotonic() + 300
-    while len(list(Path("c").glob("runs/*/checkpoints/student/step-*"))) < 2:
+    while len({path.parts[2] for path in Path("c").glob("runs/*/checkpoints/student/step-*")}) < 2:
         assert time.monotonic() < end and process.poll() is None, process.communicate()
         time.sleep(0.02)
     return process, children(process)

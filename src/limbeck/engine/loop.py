@@ -24,7 +24,7 @@ from limbeck.engine.callbacks import Callback
 from limbeck.engine.clock import Clock
 from limbeck.engine.joint import joint_turn
 from limbeck.engine.program import Program, placed
-from limbeck.engine.watch import SMALL_SHARE, shares, term_norms
+from limbeck.engine.watch import SMALL_SHARE, kept_graphs, shares, term_norms
 from limbeck.errors import UserError
 
 
@@ -414,7 +414,7 @@ class Loop:
         for callback in self.callbacks:
             callback.start(self.phase, clock.step, plan.total)
         if not done:
-            with _stop_requests() as requested:
+            with _stop_requests() as requested, kept_graphs():
                 program.train()
                 self._agreed = Agreement()
                 while clock.step < plan.total and not self.outcome.stopped_early:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,18 @@ def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) 
             gradients = processes.averaged([torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters)])
         norms[name] = float(nn.utils.get_total_norm([gradient.detach().float() for gradient in gradients if gradient is not None]))
     return norms
+
+
+@contextmanager
+def kept_graphs() -> Iterator[None]:
+    """What is compiled in here can go through its backward pass more than once, as `term_norms` does.
+
+    torch.compile lets a backward pass write over what the forward pass saved; one that it finds in its cache then refuses to be repeated.
+    """
+    import torch._functorch.config as compiling
+
+    with compiling.patch(donated_buffer=False):
+        yield
 
 
 def shares(norms: Mapping[str, float]) -> dict[str, float]:
