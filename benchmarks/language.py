@@ -159,7 +159,7 @@ def speculative(quick: bool, rounds: int) -> dict[str, Any]:
 
     length, steps, own, prompts, new = (32, 3, 3, 2, 6) if quick else (128, 400, 400, 12, 64)
     shapes = ((1, 32), (1, 16)) if quick else ((8, 192), (1, 64))
-    options = {"train": 40 if quick else 4000, "test": 16 if quick else 64, "packages": ["json", "email", "http", "asyncio"]}
+    options = {"train": 40 if quick else 3600, "test": 16 if quick else 64, "packages": ["json", "email", "http", "asyncio"]}
     data = open_text("stdlib-text", tokenizer="bpe:512", length=length, **options)
     task, size = Language(data.text), len(data.text.tokenizer)
     target = llama(size, *shapes[0], 2 * length, 0)

@@ -125,7 +125,7 @@ def _new() -> bool:
 
 def measure(quick: bool, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures and rows."""
-    count, steps, rounds = (24, 1, 1) if quick else (128, 2, 5)
+    count, steps, rounds = (24, 1, 1) if quick else (128, 2, 9)
     options: dict[str, Any] = {"tokenizer": "bpe:1000", "length": 48, "train": count, "test": 8}
     if quick:
         options["packages"] = ["json", "email"]

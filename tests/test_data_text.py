@@ -24,6 +24,7 @@ from limbeck.data.text.rows import Corpus, divide
 from limbeck.data.text.stdlib import functions, library_files
 from limbeck.data.text.tokens import load_tokenizer, sample
 from limbeck.errors import UserError
+from limbeck.tasks.embedding import Embedding
 
 PACKAGES = ("asyncio", "email", "html", "http", "json", "logging", "wsgiref")
 IGNORE = -100
@@ -430,3 +431,30 @@ def test_listing_tells_the_task():
     small = {"packages": ("html", "http", "json", "wsgiref"), "tokenizer": "bpe:300"}
     for name in ("stdlib-completion", "stdlib-retrieval"):
         assert open_text(name, **small).kind == rows[name]["task"]
+
+
+def test_pairs_are_embedded_in_order_of_length_and_given_in_their_own():
+    """A row is the embedding of its own text; batches are padded less than in the split's order."""
+
+    class Sums(torch.nn.Module):
+        padded = 0
+
+        def forward(self, input_ids, attention_mask):
+            self.padded += int((attention_mask == 0).sum())
+            ids = (input_ids * attention_mask).double()
+            return torch.stack([ids.sum(1), (ids**2).sum(1)], 1)
+
+    data = open_text("stdlib-retrieval", packages=PACKAGES, tokenizer="bpe:300", length=120, train=60, test=4)
+    split, task, model = data.train.subset(torch.arange(59, -1, -1)), Embedding(data.text), Sums()
+    found = task.embed(model, split, 8, torch.device("cpu"))
+    sizes = split.batch(torch.arange(60)).inputs
+    lengths = sum(sizes[side]["attention_mask"].sum(1) for side in ("query", "document"))
+    assert torch.equal(lengths[split.by_length()], lengths.sort()[0]) and split.cut
+    for side in ("query", "document"):
+        alone = [Sums()(**split.batch(torch.tensor([i])).inputs[side])[0] for i in range(60)]
+        assert torch.equal(found[side][0], torch.stack(alone).float())
+    plain, sums = Sums(), task.reading(model, ())
+    sums.model = plain
+    for index in torch.arange(60).split(8):
+        sums(split.batch(index))
+    assert model.padded < 0.8 * plain.padded

@@ -153,7 +153,7 @@ def _open_folder(folder: Path, recipe: schema.Recipe, resume: bool) -> Any:
         if before.is_file():
             if not resume:
                 raise UserError(f"{folder} already holds a run", "add --resume to go on with it, or name another folder with --out")
-            old = schema.resolve(schema.parse_yaml(before.read_text(encoding="utf-8"), str(before)), str(before))
+            old = schema.load(before)
             changed = _differences(binding(old), binding(recipe))
             if changed:
                 raise UserError(

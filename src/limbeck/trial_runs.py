@@ -51,7 +51,7 @@ def found_in(folder: Path, recipe: schema.Recipe) -> dict[str, Any] | None:
 
     if not (folder / "recipe.yaml").is_file() or not (folder / "summary.json").is_file():
         return None
-    old = schema.resolve(schema.parse_yaml((folder / "recipe.yaml").read_text("utf-8"), str(folder)))
+    old = schema.load(folder / "recipe.yaml")
     return summary_of(folder) if binding(old) == binding(recipe) else None
 
 

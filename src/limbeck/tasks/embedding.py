@@ -107,17 +107,23 @@ class Embedding(Task):
 
     @torch.no_grad()
     def embed(self, model: Any, split: Split, batch: int, device: torch.device) -> dict[str, list[Tensor]]:
-        """Embeddings of a whole split on the CPU: for each side a list with one `(N, D)` for each exit."""
+        """Embeddings of a whole split on the CPU: for each side a list with one `(N, D)` for each exit, in the split's order."""
         from limbeck.data.batches import Batches
+        from limbeck.data.text.retrieval import RetrievalSplit
 
         read = self.reading(model, ())
+        order, parts = torch.arange(len(split)), Batches(split, batch, shuffle=False).epoch(0)
+        if isinstance(split, RetrievalSplit):
+            order = split.by_length()
+            parts = (split.batch(index) for index in order.split(batch))
         found: dict[str, list[list[Tensor]]] = {side: [] for side in SIDES}
         with evaluating(model):
-            for part in Batches(split, batch, shuffle=False).epoch(0):
+            for part in parts:
                 said = read(part.to(device))
                 for side in SIDES:
                     found[side].append([value.float().cpu() for value in said.at[side]])
-        return {side: [torch.cat(parts) for parts in zip(*rows)] for side, rows in found.items()}
+        back = order.argsort()
+        return {side: [torch.cat(values)[back] for values in zip(*rows)] for side, rows in found.items()}
 
     def figures(self, queries: Tensor, documents: Tensor) -> dict[str, float]:
         """recall@1, 5 and 10, mrr and nDCG@10 among `pool` candidates (all, where there are fewer)."""

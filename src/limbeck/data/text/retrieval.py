@@ -56,6 +56,11 @@ class RetrievalSplit(Split):
         other.rows = self.rows[index.cpu().numpy()]
         return other
 
+    def by_length(self) -> Tensor:
+        """`(N,)` positions from the pair with the fewest tokens to the one with the most: batches in this order are padded least."""
+        sizes = sum(np.minimum(self.columns[name].lengths()[self.rows], self.length) for name in ("query", "document"))
+        return torch.from_numpy(np.argsort(sizes, kind="stable"))
+
     @property
     def cut(self) -> int:
         """How many rows have a side longer than `length`."""
