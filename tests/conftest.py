@@ -108,3 +108,23 @@ def limbeck():
         )
 
     return type_command
+
+
+def saved_bytes(run):
+    """Greatest number of bytes that autograd keeps at once while `run` runs."""
+    now, most = 0, 0
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal now, most
+            self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+            now += self.size
+            most = max(most, now)
+
+        def __del__(self):
+            nonlocal now
+            now -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        run()
+    return most

@@ -24,6 +24,7 @@ from limbeck.losses import attention_map
 from limbeck.losses.inversion import image_variation, statistics_distance
 from limbeck.losses.kernel import barlow_twins, kernel_ridge_prediction
 from limbeck.losses.matching import characteristic, characteristic_discrepancy, gradient_distance, mean_distance
+from tests.conftest import saved_bytes
 
 torch.set_num_threads(1)
 
@@ -242,26 +243,6 @@ def test_constant_memory_is_close_for_five_steps():
     cosine = float((by_x * full[0]).sum() / by_x.norm() / full[0].norm())
     assert cosine > 0.95
     assert 0.8 < float(by_x.norm() / full[0].norm()) < 1.25
-
-
-def saved_bytes(run):
-    """Greatest number of bytes that autograd keeps at once while `run` runs."""
-    now, most = 0, 0
-
-    class Kept:
-        def __init__(self, tensor):
-            nonlocal now, most
-            self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
-            now += self.size
-            most = max(most, now)
-
-        def __del__(self):
-            nonlocal now
-            now -= self.size
-
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        run()
-    return most
 
 
 def test_memory_does_not_grow_with_the_steps():

@@ -11,6 +11,7 @@ from limbeck.condensation.problem import Problem
 from limbeck.data import open_data
 from limbeck.engine.clock import Clock
 from limbeck.engine.session import Session
+from tests.conftest import saved_bytes
 
 torch.set_num_threads(1)
 
@@ -62,22 +63,8 @@ def test_the_graph_of_one_class_is_held_at_a_time(method):
             Session(),
         )
         method.prepare(problem)
-        made, now, most = method.begin(problem), 0, 0
-        images = made.images.numel() * 4
-
-        class Kept:
-            def __init__(self, tensor):
-                nonlocal now, most
-                self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
-                now += self.size
-                most = max(most, now)
-
-            def __del__(self):
-                nonlocal now
-                now -= self.size
-
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            sum(method.losses("set", made, problem, Clock(0, 1, 1)).values()).backward()
-        return most - images  # the gradient of the images themselves
+        made = method.begin(problem)
+        most = saved_bytes(lambda: sum(method.losses("set", made, problem, Clock(0, 1, 1)).values()).backward())
+        return most - made.images.numel() * 4  # the gradient of the images themselves
 
     assert held(6) < 1.3 * held(3)
