@@ -195,7 +195,7 @@ def steps_cost(width: int, batch: int, steps: int, rounds: int) -> tuple[dict[st
         1,
     )
     for what, (arms, count) in groups.items():
-        times = in_turn(arms, rounds, warm=rounds > 1)
+        times = in_turn(arms, rounds * (3 if what == "distribution" else 1), warm=rounds > 1)  # its steps are short
         limit = floor_ms(flops(arms["hand"]()) / count)
         found[what] = {"floor": limit, **{arm: milliseconds(times[arm], count) | over(times, arm, "hand") for arm in arms}}
         own = found[what]["limbeck"]

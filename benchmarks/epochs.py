@@ -142,7 +142,7 @@ def measure(pair: str, rounds: int, samples: int) -> dict[str, Any]:
 def main() -> None:
     """Print one line of JSON."""
     given = parser(__doc__).parse_args()
-    sizes = {"two_layers": (1, 128) if given.quick else (9, 4096), "resnet8": (1, 128) if given.quick else (7, 512)}
+    sizes = {"two_layers": (1, 128) if given.quick else (15, 4096), "resnet8": (1, 128) if given.quick else (31, 512)}
     cases = {pair: measure(pair, *size) for pair, size in sizes.items()}
     rows = []
     for pair, found in cases.items():

@@ -166,7 +166,7 @@ def floor_of(job: Job, inputs: Tensor) -> dict[str, float]:
 def measure(name: str, pair: PairOf, method: str, quick: bool, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of one pair and method, and its row."""
     batch = 4 if quick else pair.batch if device == "cpu" else pair.batch_gpu
-    rounds, steps = (1, 1) if quick else (5, 2) if device == "cpu" else (5, 30)
+    rounds, steps = (1, 1) if quick else (7, 2) if device == "cpu" else (5, 30)
     samples = 512 if not quick else 128
     torch.manual_seed(0)
     inputs = torch.randint(256, (samples, 3, pair.size, pair.size), dtype=torch.uint8)

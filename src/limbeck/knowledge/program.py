@@ -141,7 +141,7 @@ class KnowledgeProgram:
             self._whole = copy.deepcopy(self.student).to("cpu")
             sharding.shard(self.student, self.device, precision)
         self._reader = task.reader(self.student, method.wants()[0])
-        self._last: tuple[Batch, Signals] | None = None
+        self._last: tuple[Batch, Tensor] | None = None
         self._pending: list[str] = []
         self.pair = Pair(
             self.student, teacher, task, data, example, training, self.total, self.steps_per_epoch, self.device, read_student=self._reader
@@ -162,7 +162,7 @@ class KnowledgeProgram:
 
     def _read(self, batch: Batch) -> Signals:
         signals = self._reader(batch)
-        self._last = (batch, signals)
+        self._last = (batch, signals.logits.detach()) if "logits" in signals else None  # nothing else: a step's graph and maps go with it
         return signals
 
     # ---- what the engine asks for ----
@@ -257,10 +257,10 @@ class KnowledgeProgram:
     def vitals(self) -> list[str]:
         """Alarms about the last batch: constant output, or confident and wrong."""
         alarms, self._pending = self._pending, []
-        if self._last is None or "logits" not in self._last[1] or len(self._last[0]) < 8:
+        if self._last is None or len(self._last[0]) < 8:
             return alarms
-        batch, signals = self._last
-        logits = signals.logits.detach().float()
+        batch, logits = self._last
+        logits = logits.float()
         if logits.shape[-1] > 1 and bool(logits.std(0).max() < 1e-6 * logits.abs().mean().clamp_min(1e-30)):
             alarms.append("constant output: the student says the same of every sample of a batch")
         if self.task.kind == "multiclass" and batch.labels is not None:
