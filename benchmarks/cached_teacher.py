@@ -290,7 +290,7 @@ def main() -> None:
     if given.endless:
         endless(given.endless)
         return
-    rounds = 1 if given.quick else 7
+    rounds = 1 if given.quick else 21
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dead = killed(folder, 150 if given.quick else 2000)

@@ -86,19 +86,26 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the operating system's errors that mean: no room."""
 
 
-def of_system(error: Exception) -> UserError | None:
+def of_system(error: Exception, place: str = "") -> UserError | None:
     """What the user can do about an error of the operating system: make room, or choose another folder; None for all others.
 
     Errors of safetensors tell the system's error in their message alone ("... (os error 28)").
+
+    Args:
+        error: any.
+        place: what was written, for errors that name no file.
     """
-    number, where = 0, ""
+    number, where = 0, f" at {place}" if place else ""
     if isinstance(error, OSError):
-        number, where = error.errno or 0, f" at {error.filename}" if error.filename else ""
+        number, where = error.errno or 0, f" at {error.filename}" if error.filename else where
     elif type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])
     if number in FULL:
-        again = "make room and give the same command again, `limbeck run` with --out FOLDER --resume; what was finished is kept"
-        return UserError(f"the disk is full{where}: {os.strerror(number)}", again)
+        again = "give the same command again, `limbeck run` with --out FOLDER and, once FOLDER/recipe.yaml is there, --resume"
+        if number == errno.EFBIG:
+            message = f"a file grew beyond what is allowed{where}: {os.strerror(number)}"
+            return UserError(message, f"raise the limit (ulimit -f) and {again}")
+        return UserError(f"the disk is full{where}: {os.strerror(number)}", f"make room and {again}")
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"no permission{where}: {os.strerror(number)}", "choose a folder that you may write to")
     return None
@@ -112,8 +119,8 @@ def unwritable(what: str, error: OSError, hint: str) -> UserError:
         error: what the operating system said.
         hint: what to do when it is not for want of room.
     """
-    full = of_system(error) if error.errno in FULL else None
-    return full or UserError(f"{what} cannot be written: {error.strerror}", hint)
+    full = of_system(error, what) if error.errno in FULL else None
+    return full or UserError(f"{what} cannot be written: {error.strerror or error}", hint)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -153,7 +153,7 @@ def _open_folder(folder: Path, recipe: schema.Recipe, resume: bool) -> Any:
         if before.is_file():
             if not resume:
                 raise UserError(f"{folder} already holds a run", "add --resume to go on with it, or name another folder with --out")
-            old = schema.load(before)
+            old = schema.load(before.absolute())
             changed = _differences(binding(old), binding(recipe))
             if changed:
                 raise UserError(

@@ -51,7 +51,7 @@ def found_in(folder: Path, recipe: schema.Recipe) -> dict[str, Any] | None:
 
     if not (folder / "recipe.yaml").is_file() or not (folder / "summary.json").is_file():
         return None
-    old = schema.load(folder / "recipe.yaml")
+    old = schema.load((folder / "recipe.yaml").absolute())  # a "~" in it is a name here
     return summary_of(folder) if binding(old) == binding(recipe) else None
 
 
@@ -101,7 +101,11 @@ def outcomes(
         return
     open_places = []
     for place, one in enumerate(trials):
-        if (found := found_in(one.folder, one.recipe)) is not None:
+        try:
+            found: dict[str, Any] | Ended | None = found_in(one.folder, one.recipe)
+        except Exception as error:  # as in `_here`
+            found = _noted(one, told_of(error))
+        if found is not None:
             yield place, found
         else:
             open_places.append(place)

@@ -60,7 +60,7 @@ TOGETHER = 1 << 15
 On a CPU a small pass costs little more than its overhead, and a large one falls out of the cache (measured, `benchmarks/condensation.py`).
 """
 AT_MOST = 1 << 17
-"""Numbers of input in one pass without graph on a CPU: the samples of a class go in equal pieces of at most so many (memory, likewise)."""
+"""Numbers of input in one pass without graph on a CPU: a class goes in pieces of at most so many, or one by one (memory, likewise)."""
 
 
 def _together(problem: Problem, x: Tensor, counts: Sequence[int]) -> list[list[int]]:
@@ -89,7 +89,7 @@ def class_signals(
     groups = _together(problem, x, counts)
     for part, group in zip(x.split([sum(group) for group in groups]), groups):
         whole = problem.batch_norms or torch.is_grad_enabled() or x.device.type != "cpu"
-        pieces = part.chunk(1 if whole else -(-part.numel() // AT_MOST))
+        pieces = [part] if whole else part.split(max(1, AT_MOST // part[0].numel()))
         read = [torch.cat(values) if len(values) > 1 else values[0] for values in zip(*(pick(reader(piece)) for piece in pieces))]
         found.append([class_means(value, group) for value in read])
     return [torch.cat(values) if len(values) > 1 else values[0] for values in zip(*found)]

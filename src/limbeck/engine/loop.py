@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from limbeck.engine.callbacks import Callback
 from limbeck.engine.clock import Clock
 from limbeck.engine.joint import joint_turn
 from limbeck.engine.program import Program, placed
-from limbeck.engine.watch import SMALL_SHARE, kept_graphs, shares, term_norms
+from limbeck.engine.watch import SMALL_SHARE, shares, term_norms, uncompiled
 from limbeck.errors import UserError
+
+PLAIN = nullcontext()
 
 
 class Interrupted(Exception):
@@ -173,12 +175,10 @@ class Loop:
             for part in parts:
                 if self.world > 1 and optimizer is not None:
                     losses.last = part is parts[-1]
-                if accelerator is None:
+                looked_at = watched and optimizer is not None and part is parts[0]
+                with uncompiled() if looked_at else PLAIN, PLAIN if accelerator is None else accelerator.autocast():
                     terms = losses(turn, part, clock)
-                else:
-                    with accelerator.autocast():
-                        terms = losses(turn, part, clock)
-                if watched and optimizer is not None and part is parts[0]:
+                if looked_at:
                     self._norms |= term_norms(terms, [p for group in optimizer.param_groups for p in group["params"]])
                 loss = _total(terms.values())
                 if optimizer is not None:
@@ -414,7 +414,7 @@ class Loop:
         for callback in self.callbacks:
             callback.start(self.phase, clock.step, plan.total)
         if not done:
-            with _stop_requests() as requested, kept_graphs():
+            with _stop_requests() as requested:
                 program.train()
                 self._agreed = Agreement()
                 while clock.step < plan.total and not self.outcome.stopped_early:

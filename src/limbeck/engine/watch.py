@@ -34,14 +34,12 @@ def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) 
 
 
 @contextmanager
-def kept_graphs() -> Iterator[None]:
-    """What is compiled in here can go through its backward pass more than once, as `term_norms` does.
+def uncompiled() -> Iterator[None]:
+    """Networks given to torch.compile run as they are written in here, so that `term_norms` may go through their graph several times.
 
-    torch.compile lets a backward pass write over what the forward pass saved; one that it finds in its cache then refuses to be repeated.
+    The backward pass of a compiled graph may write over what the forward pass saved: a second one raises, or reads what is no longer there.
     """
-    import torch._functorch.config as compiling
-
-    with compiling.patch(donated_buffer=False):
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 
