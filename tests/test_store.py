@@ -187,7 +187,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, rows):
     with pytest.raises(UserError, match="larger than the one"):
         Store(whole(tmp_path / "u", rows)).read(torch.tensor([N]))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot be written"):
         writer(tmp_path / "file" / "below")
 
 
